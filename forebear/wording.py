@@ -103,6 +103,7 @@ KEYWORDS = {
     "retrieve --out": Keyword("path", "result_writer"),
     "--pair": Keyword("pairs of texts", "rows_from_texts", "phrase"),
     "--paired": Keyword("paired", "lds", "switch"),
+    "--planted": Keyword("planted", "suspects"),
     "--port": Keyword("port", "serve", "number"),
     "--precision": Keyword("precision", "BuildOptions"),
     "--queries": Keyword("n_queries", "sample_queries", "number"),

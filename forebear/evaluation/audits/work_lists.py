@@ -18,6 +18,7 @@ from forebear.evaluation.audits.artifacts.regression import ArtifactRegression
 from forebear.evaluation.audits.rows.duplicates import DuplicateGroup
 from forebear.evaluation.audits.rows.errors import ErrorGroup
 from forebear.evaluation.audits.rows.hubs import Hubs
+from forebear.evaluation.audits.rows.suspects import Suspects, contradicting_neighbours
 from forebear.evaluation.worklists.items import WorkList
 from forebear.evaluation.worklists.listing import list_rows
 from forebear.indexer.index import Index
@@ -151,3 +152,33 @@ def artifact_list(found: ArtifactRegression, feature: Feature, values: np.ndarra
     ]
     figures = {"test rows": counts[order], feature.name: values[order]}
     return list_rows(index, index.live[order], reasons, evidence=figures)
+
+
+def suspects_list(suspected: Suspects, index: Index, opponents: np.ndarray) -> WorkList:
+    """The rows whose ``opponents``, ``(m, <= CONTRADICTING)``, are given as a work list: the first m suspects."""
+    positions = suspected.order[: len(opponents)]
+    rows, k = suspected.rows[positions], suspected.neighbours.shape[1]
+    suggested = index.loss.texts(suspected.suggested[positions], index.manifest.spec.label_names)
+    figures = dict(zip(suspected.names, suspected.values[:, positions], strict=True))
+    n_against = suspected.doubts.contradicting[positions].sum(axis=1)
+    reasons = [
+        f"the model predicts {prediction}; {n} of the {k} nearest rows contradict the label"
+        for prediction, n in zip(index.prediction_texts(rows), n_against.tolist(), strict=True)
+    ]
+    given = index.label_texts(rows)
+    against = [
+        [
+            *contradicting_neighbours(suspected, p).tolist(),
+            *(row for row, label in zip(some.tolist(), index.label_texts(some), strict=True) if label != own),
+        ]
+        for p, own, some in zip(positions.tolist(), given, opponents, strict=True)
+    ]
+    return list_rows(
+        index,
+        rows,
+        reasons,
+        suggested=suggested,
+        evidence={"mean rank": suspected.combined[positions], **figures},
+        contradicting=[list(dict.fromkeys(some)) for some in against],
+        probabilities=None if suspected.probability is None else suspected.probability[positions],
+    )

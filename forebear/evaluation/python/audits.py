@@ -14,6 +14,7 @@ choices of a :class:`~forebear.QuerySpec`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forebear.errors import InputError
@@ -37,6 +38,7 @@ from forebear.evaluation.audits.versions.regressions_report import regressions_r
 from forebear.evaluation.audits.versions.row_changes import check_versions, row_changes
 from forebear.evaluation.common.inputs import Inputs
 from forebear.evaluation.common.queries import sample_queries
+from forebear.evaluation.measures.mislabelled import wrong_rows_of
 from forebear.evaluation.python.leaving_out import deletion, sources
 from forebear.evaluation.python.opening import (
     Finding,
@@ -178,6 +180,7 @@ def suspects(
     n_listed: int = 100,
     n_neighbours: int = 10,
     group_by: str | None = None,
+    planted: str | Path | None = None,
     spec: QuerySpec | None = None,
     **choices: Unpack[QueryChoices],
 ) -> Finding[of_suspects.Suspects]:
@@ -188,15 +191,18 @@ def suspects(
         n_listed: Rows in the report.
         n_neighbours: Number of nearest rows whose labels are compared with the label of a row.
         group_by: A column that the index keeps, or ``label``: how many of the listed rows each of its values has.
+        planted: A text file of numbers of rows whose labels were made wrong on purpose before the training, one a line:
+            the probability of a wrong label is measured on them.
         spec: The question; ``gd`` and ``if`` by default, and always about the gold label.
         **choices: Fields of QuerySpec.
     """
     retriever = retriever_of(retriever, "audits.suspects")
     grouping = None if group_by is None else grouping_of(retriever.index, group_by)
     question = question_of(retriever, spec, choices, ("gd", "if"), target="gold")
-    found = of_suspects.suspects(retriever, question, n_neighbours=n_neighbours)
+    made_wrong = None if planted is None else wrong_rows_of(Path(planted), retriever.index.manifest.n_rows)
+    found = of_suspects.suspects(retriever, question, n_neighbours=n_neighbours, planted=made_wrong)
     page = of_suspects.suspects_report(found, retriever, question, n_listed, called("audits.suspects"), grouping)
-    return finding(found, page, of_suspects.suspects_list(found, retriever.index, n_listed))
+    return finding(found, page, work_lists.suspects_list(found, retriever.index, page[1]["opponents"]))
 
 
 def duplicates(

@@ -416,7 +416,7 @@ def test_the_command_measures_planted_flips(planted, tmp_path, capsys):
     assert "wrong label" in (tmp_path / "out" / "report.html").read_text()
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     wrong = np.isin(np.arange(40), flipped)
-    wanted = {"gd", "if", "loss", "neighbours"}
+    wanted = {"gd", "if", "loss", "neighbours", "mean probability", "margin", "out-of-fold", "votes", "evidence"}
     assert set(result["measures"]) == wanted
     for name in wanted:
         assert result["measures"][name]["auc"] == pytest.approx(roc_auc_score(wrong, result["values"][name]))

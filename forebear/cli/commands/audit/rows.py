@@ -26,14 +26,19 @@ from forebear.cli.screen.lists import for_screen
 
 MISLABELLED_HELP = """Which training rows may be labelled wrongly? A ranked list, with the rows that contradict each.
 
-Ordered by the mean of a row's ranks by influence on itself, loss and disagreement of its neighbours. No true label is
-needed; where some are known, `forebear evaluate mislabelled` says how well this works.
+Ordered by the probability that the label is wrong: by the model's checkpoints, by heads refitted without the row, by
+the nearest rows, and by how often each label is written for each other. (Several labels or numbers a row: by the mean
+of their ranks by influence on itself, loss and neighbours.) No true label is needed. The probability is estimated;
+where you made some labels wrong before the training (--planted), it is measured on them. Where true labels are known,
+`forebear evaluate mislabelled` says how well this works.
 
 Examples:
 
     forebear audit mislabelled --index I --top 200 --out runs/suspects
 
     forebear audit mislabelled --index I --group-by annotator
+
+    forebear audit mislabelled --index I --planted flipped.txt
 """
 DUPLICATES_HELP = """Which training rows say the same, and with different labels? Which test rows are among them?
 
@@ -94,12 +99,21 @@ def mislabelled(
             show_default=False,
         ),
     ] = None,
+    planted: Annotated[
+        str | None,
+        typer.Option(
+            "--planted",
+            help="A text file of numbers of rows whose labels you made wrong before the training, one a line: "
+            "probabilities are measured on them.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """List the training rows that may be labelled wrongly."""
     from forebear.evaluation.python.audits import suspects
 
-    shown = partial(for_screen, ("row", "mean rank", "label", "suggested"))
-    own = {"n_listed": n_listed, "n_neighbours": n_neighbours, "group_by": group_by}
+    shown = partial(for_screen, ("row", "probability", "mean rank", "label", "suggested"))
+    own = {"n_listed": n_listed, "n_neighbours": n_neighbours, "group_by": group_by, "planted": planted}
     report.call(suspects, index.open(), question, shown=shown, methods=methods, **own)
 
 

@@ -1,13 +1,14 @@
 """``audit mislabelled``: training rows suspected of a wrong label, without knowing any true one.
 
-Each measure ranks the rows, 1 the most suspicious: influence on itself (||g||^2 for ``gd``, <H^-1 g, g> for ``if``),
-the loss, and the disagreement of neighbours (share of the k nearest rows, by cosine of the features, with another
-label). The list is ordered by the mean of these ranks.
+Measures: influence on itself (||g||^2 for ``gd``, <H^-1 g, g> for ``if``), the loss, the disagreement of neighbours
+(share of the k nearest rows, by cosine of the features, with another label); of one label a row also those of
+:mod:`forebear.evaluation.common.label_evidence.evidence`, whose probability of a wrong label orders the list. Several
+labels or numbers a row are ordered by the mean of their ranks by the measures, 1 the most suspicious.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,14 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.evaluation.audits.rows.doubts import Doubts, doubts
 from forebear.evaluation.common.comparisons import listed_values, matrix_figure, provenance, question_record, spearman
+from forebear.evaluation.common.label_evidence.evidence import VOTERS, label_evidence
+from forebear.evaluation.common.label_evidence.planted import calibrated
 from forebear.evaluation.common.neighbours import label_disagreement, nearest_rows
-from forebear.evaluation.common.passages import row_cells, row_passages
+from forebear.evaluation.common.passages import NO_LABEL, row_cells, row_passages
 from forebear.evaluation.measures.mislabelled import LOSS, NEIGHBOURS, approximations, note_on, self_influence
 from forebear.evaluation.reports.report import Cell, Group, Report, Table
-from forebear.evaluation.worklists.items import WorkList
-from forebear.evaluation.worklists.listing import list_rows
 from forebear.indexer.index import Index
-from forebear.indexer.rows.row_format import MULTI_LABEL, REGRESSION
+from forebear.indexer.rows.row_format import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from forebear.retriever.answers.groups import Grouping
 from forebear.retriever.answers.results import SIDES
 from forebear.retriever.answers.signs import note_of
@@ -39,12 +40,19 @@ class Suspects:
     """Suspicion of each live row by several measures.
 
     Attributes:
-        names: Measures, ``m`` of them: the self-influence methods, ``loss``, ``neighbours``.
+        names: Measures, ``m`` of them: the self-influence methods, ``loss``, ``neighbours``; of one label a row those
+            of :class:`~forebear.evaluation.common.label_evidence.evidence.LabelEvidence`.
         rows: Row numbers, ``(n,)``.
         values: ``(m, n)``; larger: more suspicious.
         ranks: ``(m, n)``, 1 the most suspicious; equal values share their mean rank.
         neighbours: The k nearest other rows, nearest first, ``(n, k)``.
         doubts: What speaks against each row's label, and what is suggested instead.
+        suspicion: The logit of the estimated probability that each row's label is wrong, ``(n,)``; None for several
+            labels or numbers a row.
+        probability: The probability itself, likewise: the estimated one, or measured where rows were planted.
+        written: How often each true label, a line, is written as each label, ``(c, c)``, likewise.
+        planted: Whether each row's label was made wrong on purpose, ``(n,)`` bool, where probabilities were measured on
+            such rows; None: they are estimated.
     """
 
     names: tuple[str, ...]
@@ -53,6 +61,10 @@ class Suspects:
     ranks: np.ndarray
     neighbours: np.ndarray
     doubts: Doubts
+    suspicion: np.ndarray | None = None
+    probability: np.ndarray | None = None
+    written: np.ndarray | None = None
+    planted: np.ndarray | None = None
 
     @property
     def majority(self) -> np.ndarray:
@@ -71,30 +83,55 @@ class Suspects:
 
     @property
     def order(self) -> np.ndarray:
-        """Positions of the rows, the most suspicious first; ties go to the lower row number."""
-        return np.argsort(self.combined, kind="stable")
+        """Positions of the rows, the most suspicious first, none that was planted; ties go to the lower row number."""
+        order = np.argsort(self.combined if self.suspicion is None else -self.suspicion, kind="stable")
+        return order if self.planted is None else order[~self.planted[order]]
 
 
-def suspects(retriever: Retriever, spec: QuerySpec | Question, *, n_neighbours: int = 10) -> Suspects:
-    """Rank every live row by each measure.
+def suspects(
+    retriever: Retriever, spec: QuerySpec | Question, *, n_neighbours: int = 10, planted: np.ndarray | None = None
+) -> Suspects:
+    """Measure every live row.
 
     Args:
         retriever: Over the index; no model is run.
         spec: Methods whose self-influence is stored (``gd``, ``if``, ``tracin``), scope, damping.
         n_neighbours: k of the disagreement of neighbours.
+        planted: Whether the label of each row of the index was made wrong on purpose before the training, ``(N,)``
+            bool: probabilities are then measured on these rows, and the rows are not listed.
 
     Raises:
-        InputError: A method's self-influence is not stored, or there are not as many neighbours.
+        InputError: A method's self-influence is not stored, or there are not as many neighbours; or too few rows are
+            planted, or rows do not have one label each.
     """
+    from scipy.special import logit
     from scipy.stats import rankdata
 
     question = retriever.resolve(spec)
     index = retriever.index
     live, labels = index.live, index.labels
     values = {name: influences[live] for name, influences in self_influence(question).items()}
-    neighbours, _ = nearest_rows(retriever.models, live, n_neighbours)
+    has_one_label = index.loss.problem_type == SINGLE_LABEL
+    width = max(n_neighbours, min(VOTERS, len(live) - 1)) if has_one_label else n_neighbours
+    near, cosines = nearest_rows(retriever.models, live, width)
+    neighbours = near[:, :n_neighbours]
     values[LOSS] = index.losses[live].astype(np.float64)
     values[NEIGHBOURS] = label_disagreement(labels, live, neighbours)
+    doubted = doubts(index, live, neighbours)
+    found: dict[str, Any] = {}
+    if has_one_label:
+        evidence = label_evidence(index, live, near[:, :VOTERS], cosines[:, :VOTERS])
+        values |= evidence.measures
+        suspicion, probability = logit(evidence.estimated), evidence.estimated
+        if planted is not None:
+            planted = planted[live]
+            probability = calibrated(evidence.estimated, planted)
+        found = {"suspicion": suspicion, "probability": probability, "written": evidence.written, "planted": planted}
+        is_suggested = doubted.is_suggested | (evidence.chances.argmax(axis=1) != labels[live])
+        suggested = np.where(is_suggested, evidence.suggested, NO_LABEL)
+        doubted = replace(doubted, suggested=suggested, is_suggested=is_suggested)
+    elif planted is not None:
+        raise InputError("--planted needs one label a row; expected an index of single labels.", of="audit mislabelled")
     stacked = np.stack(list(values.values()))
     return Suspects(
         names=tuple(values),
@@ -102,27 +139,33 @@ def suspects(retriever: Retriever, spec: QuerySpec | Question, *, n_neighbours: 
         values=stacked,
         ranks=rankdata(-stacked, axis=1),
         neighbours=neighbours,
-        doubts=doubts(index, live, neighbours),
+        doubts=doubted,
+        **found,
     )
 
 
 def opponents_of(retriever: Retriever, spec: QuerySpec, rows: np.ndarray) -> tuple[np.ndarray, str]:
     """The rows that speak most against the labels of some training rows, ``(m, <= CONTRADICTING)``.
 
-    Each row is the query with its gold label, by the first method; a row is not its own opponent. Beside the opponents,
-    a note for the report where some of them do not speak against the label.
+    Each row is the query with its gold label; of one label a row by the gradients' cosine, else by the first method. A
+    row is not its own opponent. Beside the opponents, a note for the report where some do not speak against the label.
     """
     index = retriever.index
     k = min(CONTRADICTING, index.manifest.n_live - 1)
+    method = _opposing(index, spec)
     opponent_spec = QuerySpec(
-        methods=spec.methods[:1], scope=spec.scope, curvature=spec.curvature, damping=spec.damping, top=k + 1,
+        methods=(method,), scope=spec.scope, curvature=spec.curvature, damping=spec.damping, top=k + 1,
         target="gold",
     )  # fmt: skip
     answers = retriever.answer_block(0, index.text_lists(rows), index.targets(rows), opponent_spec)
-    ranking = answers.rankings[opponent_spec.methods[0]][1]
+    ranking = answers.rankings[method][1]
     is_other = ~own_places(ranking.rows, rows)
-    note = note_of(opponent_spec.methods[0], SIDES[1], ranking.scores[is_other])
+    note = note_of(method, SIDES[1], ranking.scores[is_other])
     return ranking.rows[is_other].reshape(len(rows), -1), note
+
+
+def _opposing(index: Index, spec: QuerySpec) -> str:
+    return "gc" if index.loss.problem_type == SINGLE_LABEL else spec.methods[0]
 
 
 def own_places(found_rows: np.ndarray, query_rows: np.ndarray) -> np.ndarray:
@@ -181,18 +224,19 @@ def suspects_report(
     opponents, signs = opponents_of(retriever, question.spec, suspected.rows[positions])
     given = row_cells(retriever.index, suspected.rows[positions])
     lines = [_line(suspected, retriever.index, int(p), opponents[i]) for i, p in enumerate(positions)]
-    measures = [f"rank by {name}" for name in suspected.names]
     several = suspected.doubts.doubted is not None
-    head = ["row", "mean rank", "label", *(["doubted"] if several else []), "suggested", "prediction"]
-    head += ["neighbours' majority", *suspected.names, *measures]
+    chance = [] if suspected.probability is None else ["probability"]
+    head = ["row", *chance, "mean rank", "label", *(["doubted"] if several else []), "suggested", "prediction"]
+    head += ["neighbours' majority", *suspected.names]
     table = Table(
         "Rows suspected of a wrong label",
         [*head, "contradicting neighbours", "strongest opponents", *given],
         [[*line, *(cells[i] for cells in given.values())] for i, line in enumerate(lines)],
-        f"The first {len(positions):,} of {n:,} rows by the mean of their ranks by {len(suspected.names)} measures (1: "
-        f"the most suspicious), all counting the same. {_suggestion(suspected, retriever.index)} Contradicting: the "
-        f"nearest of the {suspected.neighbours.shape[1]} neighbours {_contradiction(retriever.index)}. Opponents: by "
-        f"{question.spec.methods[0]}, against the row's own label. {signs}".rstrip(),
+        f"The first {len(positions):,} of {n:,} rows by {_order(suspected)} Mean rank: of their ranks by "
+        f"{len(suspected.names)} measures, 1 the most suspicious. {_suggestion(suspected, retriever.index)} "
+        f"Contradicting: the nearest of the {suspected.neighbours.shape[1]} neighbours "
+        f"{_contradiction(retriever.index)}. Opponents: by "
+        f"{_opposing(retriever.index, question.spec)}, against the row's own label. {signs}".rstrip(),
     )
     by_group = () if grouping is None else (groups_table(suspected, grouping, positions),)
     wrong = int(suspected.doubts.is_suggested[positions].sum())
@@ -205,9 +249,9 @@ def suspects_report(
     )  # fmt: skip
     report = Report(
         "Suspected wrong labels",
-        f"Row {suspected.rows[positions[0]]} is the most suspicious of {n:,}. "
+        f"Row {suspected.rows[positions[0]]} is the most suspicious of {n:,}. {_expected(suspected)}"
         f"{_found(wrong, len(positions), retriever.index)} {note_on(approximate)}".rstrip(),
-        (*by_group, table),
+        (table, *by_group),
         (figure,),
         tuple(_group(suspected, retriever, int(p), opponents[i], i) for i, p in enumerate(positions[:SHOWN_ROWS])),
         provenance(retriever, spec, command, rows=n, neighbours=suspected.neighbours.shape[1]),
@@ -216,6 +260,8 @@ def suspects_report(
         "question": question_record(retriever, spec),
         "rows": suspected.rows,
         "mean_rank": suspected.combined,
+        **({} if suspected.probability is None else {"probability": listed_values(suspected.probability)}),
+        **({} if suspected.written is None else {"written": suspected.written}),
         "values": {name: listed_values(values) for name, values in zip(suspected.names, suspected.values, strict=True)},
         **({"self_influence": approximate} if approximate else {}),
         "suggested": retriever.index.loss.texts(suspected.suggested, names),
@@ -233,28 +279,31 @@ def suspects_report(
     return report, result
 
 
-def suspects_list(suspected: Suspects, index: Index, top: int) -> WorkList:
-    """The ``top`` most suspicious rows as a work list."""
-    positions = suspected.order[:top]
-    rows, k = suspected.rows[positions], suspected.neighbours.shape[1]
-    suggested = index.loss.texts(suspected.suggested[positions], index.manifest.spec.label_names)
-    figures = dict(zip(suspected.names, suspected.values[:, positions], strict=True))
-    against = suspected.doubts.contradicting[positions].sum(axis=1)
-    reasons = [
-        f"the model predicts {prediction}; {n} of the {k} nearest rows contradict the label"
-        for prediction, n in zip(index.prediction_texts(rows), against.tolist(), strict=True)
-    ]
-    return list_rows(
-        index,
-        rows,
-        reasons,
-        suggested=suggested,
-        evidence={"mean rank": suspected.combined[positions], **figures},
-        contradicting=[_contradicting(suspected, int(p)) for p in positions],
+def _expected(suspected: Suspects) -> str:
+    """How many rows are expected to be labelled wrongly, and by what."""
+    if suspected.probability is None:
+        return ""
+    if suspected.planted is None:
+        share, how = suspected.probability.mean(), "by confident refitted heads"
+    else:
+        share, how = (
+            suspected.probability[~suspected.planted].mean(),
+            f"as {suspected.planted.sum():,} planted flips say",
+        )
+    return f"About {share:.1%} of the labels are wrong, {how}. "
+
+
+def _order(suspected: Suspects) -> str:
+    if suspected.probability is None:
+        return "mean rank."
+    measured = "estimated" if suspected.planted is None else "measured on planted flips"
+    return (
+        f"the probability that the label is wrong, {measured}: by Bayes' rule from the model's checkpoints, refitted "
+        "heads, the nearest rows, and how often each label is written for each other."
     )
 
 
-def _contradicting(suspected: Suspects, position: int) -> np.ndarray:
+def contradicting_neighbours(suspected: Suspects, position: int) -> np.ndarray:
     """The nearest neighbours of a row that contradict its label."""
     near = suspected.neighbours[position]
     return np.asarray(near[suspected.doubts.contradicting[position]][:CONTRADICTING])
@@ -276,7 +325,7 @@ def _suggestion(suspected: Suspects, index: Index) -> str:
             "Doubted: the label whose probability is farthest from what the row says. Suggested: the row's labels with "
             "this one changed, where the prediction or most neighbours have it otherwise."
         )
-    return "Suggested: the prediction where it is another label, else that of most neighbours."
+    return "Suggested: the likeliest other label, where the prediction, most neighbours or all evidence is another one."
 
 
 def _contradiction(index: Index) -> str:
@@ -292,6 +341,7 @@ def _line(suspected: Suspects, index: Index, position: int, opponents: np.ndarra
     row, doubted = suspected.rows[[position]], suspected.doubts.doubted
     return [
         int(row[0]),
+        *([] if suspected.probability is None else [float(suspected.probability[position])]),
         float(suspected.combined[position]),
         *index.label_texts(row),
         *([] if doubted is None else [index.manifest.spec.label_names[doubted[position]]]),
@@ -299,8 +349,7 @@ def _line(suspected: Suspects, index: Index, position: int, opponents: np.ndarra
         *index.prediction_texts(row),
         _text(index, suspected.majority, position),
         *(float(value) for value in suspected.values[:, position]),
-        *(float(value) for value in suspected.ranks[:, position]),
-        ", ".join(map(str, _contradicting(suspected, position))) or None,
+        ", ".join(map(str, contradicting_neighbours(suspected, position))) or None,
         ", ".join(map(str, opponents)),
     ]
 
@@ -310,7 +359,7 @@ def _group(suspected: Suspects, retriever: Retriever, position: int, opponents: 
     index, row = retriever.index, int(suspected.rows[position])
     suggested = _text(index, suspected.suggested, position)
     hint = "" if suggested is None else f"suggested: {suggested}"
-    rows = {"neighbour": _contradicting(suspected, position), "opponent": opponents}
+    rows = {"neighbour": contradicting_neighbours(suspected, position), "opponent": opponents}
     numbered = [(kind, int(number)) for kind, numbers in rows.items() for number in numbers]
     passages = row_passages(
         retriever, [number for _, number in numbered], [f"{kind} · row {number}" for kind, number in numbered]

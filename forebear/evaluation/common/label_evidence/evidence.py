@@ -1,0 +1,125 @@
+"""What the estimates say together: a chance that each label is wrong, and another label in its place.
+
+The estimates by checkpoints, by refitted heads and by the nearest rows are multiplied (their geometric mean), and by
+Bayes' rule with how often each label is written for each other they give the chance that another label is the true one.
+How often labels are written for each other is counted where the refitted heads are confident, as confident learning
+does (Northcutt et al. 2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from forebear.evaluation.common.label_evidence.estimates import (
+    checkpoint_probabilities,
+    geometric_mean,
+    margin,
+    out_of_fold,
+    own_probability,
+    votes,
+)
+from forebear.indexer.index import Index
+
+VOTERS = 30  # nearest rows that vote for a label
+MEAN_PROBABILITY, MARGIN, OUT_OF_FOLD, VOTES = "mean probability", "margin", "out-of-fold", "votes"
+EVIDENCE = "evidence"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelEvidence:
+    """What speaks against the labels of ``n`` rows.
+
+    Attributes:
+        measures: ``(n,)`` by name, larger: more suspicious. 1 minus the mean probability of the own label over the
+            checkpoints; by how much another label's logit exceeds the own one's, in the mean over the checkpoints, and
+            out of fold; the share of the nearest rows' votes for other labels.
+        chances: The chance of each label to be the true one, ``(n, c)``.
+        written: How often each true label, a line, is written as each label, ``(c, c)``.
+        suggested: The likeliest other label of each row, ``(n,)``.
+        estimated: Estimated probability that the own label is wrong, ``(n,)``.
+    """
+
+    measures: Mapping[str, np.ndarray]
+    chances: np.ndarray
+    written: np.ndarray
+    suggested: np.ndarray
+    estimated: np.ndarray
+
+
+def label_evidence(index: Index, rows: np.ndarray, neighbours: np.ndarray, cosines: np.ndarray) -> LabelEvidence:
+    """The evidence about live rows; no model is run.
+
+    Args:
+        index: An index of one label a row.
+        rows: All live rows, ``(n,)``.
+        neighbours: The nearest other live rows of each, by features of the last checkpoint, ``(n, k)``.
+        cosines: Their cosines, ``(n, k)``.
+    """
+    labels, c = index.labels[rows], len(index.manifest.spec.label_names)
+    last = len(index.manifest.checkpoints) - 1
+    models = [checkpoint_probabilities(index, rows, number) for number in range(last + 1)]
+    refits = [out_of_fold(index.features(number), rows, labels, c) for number in sorted({0, last})]
+    refitted = geometric_mean(refits)
+    at = np.searchsorted(rows, neighbours)
+    trust = own_probability(refitted, labels)[at]
+    voted = votes(labels[at], trust, cosines, c)
+    measures = {
+        MEAN_PROBABILITY: 1 - np.mean([own_probability(model, labels) for model in models], axis=0),
+        MARGIN: np.mean([margin(model, labels) for model in models], axis=0),
+        OUT_OF_FOLD: margin(refitted, labels),
+        VOTES: 1 - own_probability(voted, labels),
+    }
+    written, share = written_labels(refitted, labels)
+    chances = chances_of(geometric_mean([geometric_mean(models), refitted, voted]), labels, written)
+    others = chances.copy()
+    others[np.arange(len(rows)), labels] = -1
+    return LabelEvidence(
+        measures=measures,
+        chances=chances,
+        written=written,
+        suggested=others.argmax(axis=1),
+        estimated=with_mean(others.clip(0).sum(axis=1), share),
+    )
+
+
+def written_labels(estimate: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
+    """How often each true label is written as each label, and the share of rows whose label is another one.
+
+    A row counts for the likeliest of the labels whose probability reaches the mean that this label has where it is
+    written; a row with none does not count. Each pair of labels counts once more, so that none is impossible.
+
+    Args:
+        estimate: Probabilities by heads that have not seen the row's label, ``(n, c)``.
+        labels: Labels, ``(n,)``.
+
+    Returns:
+        Shares ``(c, c)``, a line for each true label, which sums to 1; and the share of the rows that count.
+    """
+    c = estimate.shape[1]
+    least = np.array([estimate[labels == k, k].mean() if (labels == k).any() else np.inf for k in range(c)])
+    confident = estimate >= least
+    counts, some = np.zeros((c, c)), confident.any(axis=1)
+    np.add.at(counts, (np.where(confident, estimate, 0).argmax(axis=1)[some], labels[some]), 1)
+    share = 1 - np.trace(counts) / max(counts.sum(), 1)
+    counts += 1
+    return counts / counts.sum(axis=1, keepdims=True), float(share)
+
+
+def chances_of(estimate: np.ndarray, labels: np.ndarray, written: np.ndarray) -> np.ndarray:
+    """Bayes' rule, ``(n, c)``: a label's probability times how often it is written as the row's label, normalised."""
+    found = estimate * written[:, labels].T
+    return np.asarray(found / found.sum(axis=1, keepdims=True))
+
+
+def with_mean(chances: np.ndarray, mean: float) -> np.ndarray:
+    """Probabilities of the same order whose mean is given, ``(n,)``: all logits are shifted by one number."""
+    from scipy.optimize import brentq
+    from scipy.special import expit, logit
+
+    if not 0 < mean < 1:
+        return np.full(len(chances), float(mean))
+    logits = logit(np.clip(chances, 1e-12, 1 - 1e-12))
+    return np.asarray(expit(logits + brentq(lambda shift: expit(logits + shift).mean() - mean, -60, 60)))

@@ -1,0 +1,199 @@
+"""Evidence about labels, against a direct forward pass, torch's L-BFGS, slow loops and a mixture that is known."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from scipy import stats
+
+from forebear import InputError
+from forebear.cli.main import run
+from forebear.evaluation.common.label_evidence import estimates
+from forebear.evaluation.common.label_evidence.evidence import (
+    VOTERS,
+    chances_of,
+    label_evidence,
+    with_mean,
+    written_labels,
+)
+from forebear.evaluation.common.label_evidence.planted import calibrated
+from forebear.evaluation.common.neighbours import nearest_rows
+
+
+class Rows:
+    """Features in memory that are taken as an index's are."""
+
+    def __init__(self, features):
+        self.features = features
+
+    def take(self, rows):
+        return self.features[rows].astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def blobs():
+    """Three overlapping classes of 90 rows with widths of their own, and their labels."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], 30)
+    features = rng.normal(size=(90, 4)) * [1, 5, 0.2, 1] + np.eye(3)[labels] @ rng.normal(size=(3, 4)) * 1.5
+    return features, labels
+
+
+def test_means_over_checkpoints_are_those_of_a_direct_forward_pass(bert_world):
+    index = bert_world.index
+    near, cosines = nearest_rows(bert_world.retriever.models, index.live, VOTERS)
+    found = label_evidence(index, index.live, near, cosines).measures
+    chances, margins = [], []
+    for path in bert_world.models:
+        network = transformers.AutoModelForSequenceClassification.from_pretrained(path).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        with torch.no_grad():
+            logits = [network(**tokenizer(text, return_tensors="pt")).logits[0].double() for text in bert_world.texts]
+        own = [float(row.softmax(0)[label]) for row, label in zip(logits, bert_world.labels, strict=True)]
+        chances.append(own)
+        margins.append([float(row[1 - k] - row[k]) for row, k in zip(logits, bert_world.labels, strict=True)])
+    assert len(chances) > 1
+    np.testing.assert_allclose(found["mean probability"], 1 - np.mean(chances, axis=0), atol=1e-5)
+    np.testing.assert_allclose(found["margin"], np.mean(margins, axis=0), atol=1e-4)
+
+
+def test_a_refit_is_the_penalised_minimum_over_the_other_folds(blobs):
+    features, labels = blobs
+    found = estimates.out_of_fold(Rows(features), np.arange(90), labels, 3, seed=4)
+    folds = estimates.folds_of(labels, np.random.default_rng(4))
+    kept = features.astype(np.float32).astype(np.float64)
+    for fold in (0, 3):
+        others = folds != fold
+        scaled = torch.from_numpy((kept - kept[others].mean(axis=0)) / kept[others].std(axis=0))
+        weights, bias = (torch.zeros(shape, dtype=torch.double, requires_grad=True) for shape in ((3, 4), (3,)))
+        optimizer = torch.optim.LBFGS([weights, bias], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+        def loss(weights=weights, bias=bias, scaled=scaled, others=others, optimizer=optimizer):
+            optimizer.zero_grad()
+            logits = scaled[others] @ weights.T + bias
+            mean = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels[others]))
+            total = mean + estimates.PENALTY / 2 * (weights**2).sum()
+            total.backward()
+            return total
+
+        optimizer.step(loss)
+        truth = (scaled[~others] @ weights.T + bias).softmax(1).detach().numpy()
+        np.testing.assert_allclose(found[~others], truth, atol=1e-3)
+
+
+def test_a_rows_own_label_does_not_move_its_refit(blobs):
+    """The row is moved far away: heads of other folds change, its own does not but for the row itself."""
+    features, labels = blobs
+    folds = estimates.folds_of(labels, np.random.default_rng(0))
+    base = estimates.out_of_fold(Rows(features), np.arange(90), labels, 3)
+    moved = features.copy()
+    moved[7] += 50
+    found = estimates.out_of_fold(Rows(moved), np.arange(90), labels, 3)
+    mates = (folds == folds[7]) & (np.arange(90) != 7)
+    np.testing.assert_array_equal(found[mates], base[mates])
+    assert np.abs(found[folds != folds[7]] - base[folds != folds[7]]).max() > 0.01
+
+
+def test_folds_share_out_each_label_and_rare_labels_are_no_error():
+    labels = np.array([0] * 23 + [1] * 11 + [2])
+    folds = estimates.folds_of(labels, np.random.default_rng(1))
+    for label in (0, 1):
+        counts = np.bincount(folds[labels == label], minlength=estimates.FOLDS)
+        assert counts.max() - counts.min() <= 1
+    features = np.random.default_rng(2).normal(size=(35, 3))
+    found = estimates.out_of_fold(Rows(features), np.arange(35), labels, 4)
+    assert found[34, 2] == found[0, 3] == estimates.FLOOR
+    assert np.isfinite(np.log(found)).all()
+    alone = estimates.out_of_fold(Rows(features[:2]), np.arange(2), np.array([0, 1]), 2)
+    np.testing.assert_array_equal(alone, [[estimates.FLOOR, 1], [1, estimates.FLOOR]])
+
+
+def test_many_rows_are_fitted_to_a_sample_of_them(blobs, monkeypatch):
+    features, labels = blobs
+    whole = estimates.out_of_fold(Rows(features), np.arange(90), labels, 3)
+    monkeypatch.setattr(estimates, "MOST_FITTED", 40)
+    sampled = estimates.out_of_fold(Rows(features), np.arange(90), labels, 3)
+    assert 0.001 < np.abs(sampled - whole).mean() < 0.2
+
+
+def test_votes_means_and_margins_are_those_of_slow_loops():
+    rng = np.random.default_rng(5)
+    labels, trust, cosines = rng.integers(0, 3, (6, 4)), rng.random((6, 4)), rng.uniform(-0.5, 1, (6, 4))
+    found = estimates.votes(labels, trust, cosines, 3)
+    some = rng.dirichlet([1, 1, 1], 6)
+    mean, own = estimates.geometric_mean([found, some]), rng.integers(0, 3, 6)
+    margins = estimates.margin(some, own)
+    for i in range(6):
+        cast = [0.5 / 3] * 3
+        for label, weight, cosine in zip(labels[i], trust[i], cosines[i], strict=True):
+            cast[label] += weight * max(cosine, 0)
+        np.testing.assert_allclose(found[i], [one / sum(cast) for one in cast])
+        roots = [math.sqrt(found[i, k] * some[i, k]) for k in range(3)]
+        np.testing.assert_allclose(mean[i], [root / sum(roots) for root in roots])
+        others = [math.log(some[i, k]) for k in range(3) if k != own[i]]
+        assert margins[i] == pytest.approx(max(others) - math.log(some[i, own[i]]))
+
+
+def test_written_labels_and_chances_are_those_of_slow_loops():
+    rng = np.random.default_rng(6)
+    labels = np.r_[[0, 1, 2], rng.integers(0, 3, 57)]
+    estimate = rng.dirichlet([1, 1, 1], 60) * 0.5 + np.eye(3)[labels] * 0.5
+    least = [np.mean([estimate[i, k] for i in range(60) if labels[i] == k]) for k in range(3)]
+    counts, n_counted, n_other = np.ones((3, 3)), 0, 0
+    for i in range(60):
+        sure = [k for k in range(3) if estimate[i, k] >= least[k]]
+        if sure:
+            best = max(sure, key=lambda k: estimate[i, k])
+            counts[best, labels[i]] += 1
+            n_counted, n_other = n_counted + 1, n_other + (best != labels[i])
+    written, share = written_labels(estimate, labels)
+    assert 0 < n_counted < 60
+    np.testing.assert_allclose(written, counts / counts.sum(axis=1, keepdims=True))
+    assert share == pytest.approx(n_other / n_counted)
+    found = chances_of(estimate, labels, written)
+    for i in range(60):
+        terms = [estimate[i, k] * written[k, labels[i]] for k in range(3)]
+        np.testing.assert_allclose(found[i], [term / sum(terms) for term in terms])
+
+
+def test_shifted_probabilities_have_the_mean_and_the_order():
+    chances = np.array([0.9, 0.2, 0.01, 1e-9, 0.5])
+    found = with_mean(chances, 0.15)
+    assert found.mean() == pytest.approx(0.15)
+    assert np.argsort(found).tolist() == np.argsort(chances).tolist()
+    odds = found / (1 - found) * (1 - chances) / chances
+    np.testing.assert_allclose(odds, odds[0], rtol=1e-6)
+    assert with_mean(chances, 0.0).tolist() == [0.0] * 5
+
+
+def test_measured_probabilities_are_those_of_a_known_mixture():
+    """Logits of right labels around -2, of wrong and of planted ones around 1: both normal with a deviation of 1."""
+    rng = np.random.default_rng(7)
+    wrong, planted = np.arange(6000) < 900, np.arange(6000) >= 5500
+    logits = rng.normal(np.where(wrong | planted, 1.0, -2.0), 1.0)
+    estimated = with_mean(1 / (1 + np.exp(-logits)), 1400 / 6000)
+    found = calibrated(estimated, planted)
+    assert (found[planted] == 1).all()
+    of_wrong, of_right = (stats.norm.pdf(logits, mean) for mean in (1, -2))
+    truth = 0.164 * of_wrong / (0.164 * of_wrong + 0.836 * of_right)
+    error, before = (np.abs(some - truth)[~planted].mean() for some in (found, estimated))
+    assert error < min(0.03, before / 3)
+    with pytest.raises(InputError, match="12 of 6000 rows are planted; expected at least 20"):
+        calibrated(np.full(6000, 0.5), np.arange(6000) < 12)
+
+
+def test_planted_rows_are_known_and_not_listed(bert_world, tmp_path, capsys):
+    args = ["audit", "mislabelled", "--index", str(bert_world.index.folder), "--method", "gd", "--top", "60", "--quiet"]
+    (tmp_path / "planted.txt").write_text("\n".join(map(str, range(24))))
+    assert run([*args, "--planted", str(tmp_path / "planted.txt"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["probability"][:24] == [1.0] * 24
+    assert sorted(result["listed"]) == list(range(24, 60))
+    (tmp_path / "planted.txt").write_text("3\n")
+    assert run([*args, "--planted", str(tmp_path / "planted.txt")]) == 2
+    assert "1 of 60 rows are planted; expected at least 20" in capsys.readouterr().err
