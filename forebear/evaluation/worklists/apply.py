@@ -176,7 +176,7 @@ def apply_work_list(
         raise InputError(f"all {n_rows:,} rows of {train} would go. Keep some.")
     change = Rewriting(
         label_column=source.label_column, labels={row: labels.raw(value) for row, value in new.items()}, left_out=gone,
-        apart=quarantined,
+        apart=quarantined, n_rows=n_rows,
     )  # fmt: skip
     read = source.format("the file")
     lines = rewrite(

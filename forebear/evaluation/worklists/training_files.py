@@ -41,12 +41,26 @@ class Rewriting:
         labels: New values by row number of the file, from 0.
         left_out: Numbers of the rows that are not written.
         apart: Numbers of those rows that are written to another file, of the same form.
+        n_rows: Rows that the file has, as the index reads it: a file that is parted into others is not written.
     """
 
     label_column: str | None
     labels: Mapping[int, Any]
     left_out: Collection[int]
     apart: Collection[int] = ()
+    n_rows: int = 0
+
+    def check(self, n_found: int, train: Path) -> None:
+        """Refuse a file whose rows were found otherwise than the index reads them.
+
+        Raises:
+            DataError: As said.
+        """
+        if n_found != self.n_rows:
+            raise DataError(
+                f"{train}: {n_found:,} rows were found where {self.n_rows:,} were read, so none is changed. Are quotes "
+                "or line ends broken? Save the file as JSON Lines or Parquet, and build the index from that."
+            )
 
 
 def ending_of(path: Path) -> str:
@@ -90,12 +104,11 @@ def rewrite(
             is_array = file.peek(64).lstrip().startswith(b"[") and ".json" in ending
             text = io.TextIOWrapper(file, "utf-8", newline="")
             if is_array:
-                return _rewrite_array(text, outs, change)
+                return _rewrite_array(text, outs, change, train)
             if ".csv" in ending or ".tsv" in ending or delimiter is not None:
-                return _copy(
-                    _delimited(text, delimiter or ",", quoted=".tsv" not in ending, change=change), outs, change
-                )
-            return _copy(_json_lines(text, change), outs, change)
+                records = _delimited(text, delimiter or ",", quoted=".tsv" not in ending, change=change)
+                return _copy(records, outs, change, train)
+            return _copy(_json_lines(text, change), outs, change, train)
 
 
 def _begins_with(path: Path, mark: bytes) -> bool:
@@ -146,21 +159,23 @@ class Record:
     relabelled: Callable[[Any], str]
 
 
-def _copy(records: Iterator[Record], outs: Sequence[IO[str]], change: Rewriting) -> dict[int, int]:
+def _copy(records: Iterator[Record], outs: Sequence[IO[str]], change: Rewriting, train: Path) -> dict[int, int]:
     """Copy records, with those of changed rows written anew."""
-    lines = {}
+    lines, n_found = {}, 0
     for record in records:
         number = record.number
         if number is None:
             for out in outs if record.text.strip("\r\n") else outs[:1]:  # each file has the header
                 out.write(record.text)
             continue
+        n_found += 1
         if number in change.left_out or number in change.labels:
             lines[number] = record.line
         if number in change.apart:
             outs[1].write(record.text)
         elif number not in change.left_out:
             outs[0].write(record.relabelled(change.labels[number]) if number in change.labels else record.text)
+    change.check(n_found, train)
     return lines
 
 
@@ -252,9 +267,10 @@ _STYLES: Final[tuple[dict[str, Any], ...]] = tuple(
 )
 
 
-def _rewrite_array(text: IO[str], outs: Sequence[IO[str]], change: Rewriting) -> dict[int, int]:
+def _rewrite_array(text: IO[str], outs: Sequence[IO[str]], change: Rewriting, train: Path) -> dict[int, int]:
     content = text.read()
     rows = json.loads(content)
+    change.check(len(rows), train)
     indents: tuple[int | str | None, ...] = (None, 2, 4, 1, "\t")
     ways = [style | {"indent": i} for i in indents for style in _STYLES]
     ways += [{"ensure_ascii": ascii_alone, "indent": i} for ascii_alone in (False, True) for i in indents]
@@ -295,6 +311,7 @@ def _rewrite_parquet(train: Path, handles: Sequence[IO[bytes]], change: Rewritin
                 if len(some):
                     writer.write_table(some, row_group_size=max(1, len(some)))
             start += len(table)
+        change.check(start, train)
     return {}
 
 

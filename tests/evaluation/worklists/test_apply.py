@@ -18,9 +18,10 @@ from tiny import labels, sentences
 
 from forebear import BuildOptions, InputError, Retriever, audits, build_index, choose_model, open_rows, worklists
 from forebear.cli.main import run
-from forebear.errors import MismatchError, OutputExistsError
+from forebear.errors import DataError, MismatchError, OutputExistsError
 from forebear.evaluation.worklists.items import Item, WorkList, text_digest
 from forebear.evaluation.worklists.lines import lines_of
+from forebear.evaluation.worklists.training_files import Rewriting, rewrite
 
 NAMES = ("bad", "good")
 TEXTS = ["plain", 'a "quoted", text', "line\nbreak", "- dash", "semi; colon", "end", "tab\tin", ""]
@@ -254,6 +255,7 @@ def index_of(file, folder, model):
     return build_index(source, folder, choose_model(None, (str(model),), (1.0,)).checkpoints, BuildOptions())
 
 
+@pytest.mark.slow
 def test_from_an_audit_through_a_spreadsheet_to_another_training_file(place, tmp_path, capsys):
     """What the command line does, with the edit that a person makes: a column filled in, saved with semicolons."""
     shutil.copy(place / "train.csv", tmp_path)
@@ -314,6 +316,7 @@ def test_from_an_audit_through_a_spreadsheet_to_another_training_file(place, tmp
     assert "exists already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_retraining_is_that_of_an_index_of_the_new_file(place, tmp_path):
     """The oracle builds an index of the changed file and refits its head by scikit-learn."""
     from sklearn.linear_model import LogisticRegression
@@ -359,6 +362,30 @@ def test_lines_are_those_of_the_file_as_the_index_read_it(place, tmp_path):
     assert lines_of(tmp_path / "gone.csv", digests, ("text",), {}) == {}
     (tmp_path / "b.csv").write_text('text\n"never closed')
     assert lines_of(tmp_path / "b.csv", digests, ("text",), {}) == {}
+
+
+def test_a_file_that_is_parted_into_other_rows_is_not_written(tmp_path):
+    """A row is never changed that is not the one which was read."""
+    table = pa.table({"text": TEXTS, "label": GIVEN})
+    pq.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text(as_csv(ROWS))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"label": name}) + "\n" for name in GIVEN))
+    (tmp_path / "a.json").write_text(json.dumps([{"label": name} for name in GIVEN]))
+    for name in ("a.parquet", "a.csv", "a.jsonl", "a.json"):
+        change = Rewriting(label_column="label", labels={0: "good"}, left_out=(), n_rows=9)
+        with pytest.raises(DataError, match="8 rows were found where 9 were read"):
+            rewrite(tmp_path / name, tmp_path / f"new-{name}", change, delimiter=None, encoding=None)
+    assert not list(tmp_path.glob("new*"))
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
+def test_other_encodings_are_kept(encoding, tmp_path):
+    rows = [("0", "café", "bad"), ("1", "naïve", "good")]
+    (tmp_path / "a.csv").write_bytes(as_csv(rows).encode(encoding))
+    source = open_rows(tmp_path / "a.csv", need_labels=True, encoding=encoding)
+    item = Item(row=0, texts={"text": "café"}, given="bad", suggested="good", decision="relabel")
+    worklists.apply(WorkList((item,)), source, tmp_path / "b.csv")
+    assert (tmp_path / "b.csv").read_bytes() == as_csv([("0", "café", "good"), rows[1]]).encode(encoding)
 
 
 def worklists_retraining(folder):

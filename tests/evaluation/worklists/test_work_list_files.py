@@ -160,6 +160,7 @@ def test_items_know_their_row_as_the_index_has_it(bert_world):
     assert listed.items[0].digest == "sha256:" + hashlib.sha256(content).hexdigest()[:16]
 
 
+@pytest.mark.slow
 def test_audit_mislabelled_writes_its_list_beside_the_page(bert_world, tmp_path):
     found = audits.suspects(bert_world.retriever, n_listed=7)
     found.write(tmp_path / "report")
