@@ -144,6 +144,7 @@ KEYWORDS = {
     "--strategy": Keyword("strategies", "PerturbSpec", "texts"),
     "--subsets": Keyword("n_subsets", "measure_lds", "number"),
     "--target": Keyword("target", "QuerySpec"),
+    "--test": Keyword("the test rows", "serve", "phrase"),
     "--text-columns": Keyword("text_columns", "open_rows", "texts"),
     "--tolerance": Keyword("tolerance", "QuerySpec", "number"),
     "--to": Keyword("to", "flip"),

@@ -288,6 +288,7 @@ def regressions(
     before: IndexLike,
     rows: Rows,
     *,
+    before_model: str | None = None,
     n_listed: int = 100,
     seed: int = 0,
     progress: Progress | bool = False,
@@ -300,6 +301,7 @@ def regressions(
         retriever: Over the index of the later version.
         before: The index of the version before.
         rows: Labelled test rows; all are asked about.
+        before_model: The model of ``before``, if it has moved since that index was built.
         n_listed: Rows on each list of the report, and on the work list.
         seed: Random seed of the sample of rows that stayed right, and of the intervals.
         progress: True, or a function.
@@ -312,7 +314,10 @@ def regressions(
         DataError: The rows have no labels of the model, or both versions have the same of them right.
         MissingStoreError: An index was published without texts.
     """
-    retriever, earlier = retriever_of(retriever, "audits.regressions"), retriever_of(before, "audits.regressions")
+    retriever = retriever_of(retriever, "audits.regressions")
+    if not isinstance(before, Retriever):
+        before = Retriever(before, model=before_model, device=str(retriever.models.device))
+    earlier = retriever_of(before, "audits.regressions")
     if n_listed < 1:
         raise InputError(f"--top {n_listed}: expected at least 1.")
     check_versions(retriever.index, earlier.index)

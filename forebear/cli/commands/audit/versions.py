@@ -53,9 +53,7 @@ def regressions(
 ) -> None:
     """List the training rows behind what a version has wrong and the one before had right."""
     from forebear.evaluation.python.audits import regressions
-    from forebear.retriever.retriever import Retriever
 
     shown = partial(for_screen, ("rank", "row", "change", "label", "score", "share", "cause"))
-    earlier = Retriever(before, model=before_model, **index.places())
-    own = {"before": earlier, "rows": test.rows, "n_listed": n_listed, "seed": seed}
+    own = {"before": before, "before_model": before_model, "rows": test.rows, "n_listed": n_listed, "seed": seed}
     report.call(regressions, index.open(), question, shown=shown, methods=methods, **own)
