@@ -107,7 +107,7 @@ def write_report(
 
     Args:
         report: The report that the page and the table show.
-        folder: Folder of the report, made if missing; other files in it are left alone.
+        folder: Folder of the report, made if missing. Files of a report that is replaced go, others are left alone.
         result: The numbers, for programs. The report's provenance is added unless ``result`` has a provenance.
         force: Overwrite the files.
         beside: Further files that belong to this report: texts or bytes by name.
@@ -118,19 +118,18 @@ def write_report(
         InputError: A table has a row of the wrong length, or a figure is not plain SVG.
         StorageError: The folder cannot be written.
     """
-    check_folder(folder, force=force, beside=beside)
     tables = dict(zip(table_files(report), report.tables, strict=True))
+    check_folder(folder, force=force, beside=(*tables, *beside))
     contents: dict[str, str | bytes] = {
         "report.html": render_html(report),
         "table.csv": "",
         **{name: render_csv(table) for name, table in tables.items()},
         "result.json": render_json({"provenance": dict(report.provenance), **result}),
-        "report.json": render_json(_shown(report)),
+        "report.json": render_json({**_shown(report), "beside": list(beside)}),
     }
     contents |= beside
-    for name in folder.glob("table-*.csv") if folder.is_dir() else ():  # of a report that is replaced
-        name.unlink()
-    write_together(folder, {name: c.encode() if isinstance(c, str) else c for name, c in contents.items()})
+    written = {name: c.encode() if isinstance(c, str) else c for name, c in contents.items()}
+    write_together(folder, written, instead_of=_further_files(folder))
     return folder / "report.html"
 
 
@@ -144,6 +143,16 @@ def table_files(report: Report) -> list[str]:
             name = f"{name.removesuffix('.csv')}-{len(names) + 1}.csv"
         names.append(name)
     return names
+
+
+def _further_files(folder: Path) -> list[str]:
+    """Tables of the report that a folder holds, and files beside it, as its ``report.json`` names them."""
+    try:
+        text = (folder / "report.json").read_text(encoding="utf-8")
+        names = [*table_files(report_from_json(text)), *json.loads(text).get("beside", ())]
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is not of a report
+        return []
+    return [name for name in names if isinstance(name, str) and Path(name).name == name]
 
 
 def check_folder(folder: Path, *, force: bool = False, beside: Iterable[str] = ()) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -64,7 +64,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         handle.write(content)
 
 
-def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
+def write_together(folder: Path, contents: Mapping[str, bytes], instead_of: Iterable[str] = ()) -> None:
     """Write files that belong together, such as a page and its numbers: old ones never lie beside new ones.
 
     All are complete and synced under temporary names before the first takes its place. Then the old files go, and the
@@ -74,6 +74,7 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
     Args:
         folder: Made if missing; other files in it are left alone.
         contents: What each file holds, by its name.
+        instead_of: Names of further old files, which go.
 
     Raises:
         StorageError: The disk is full or the folder cannot be written.
@@ -86,7 +87,7 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
                 handle.write(content)
                 handle.flush()
                 os.fsync(handle.fileno())
-        for name in contents:
+        for name in (*contents, *instead_of):
             (folder / name).unlink(missing_ok=True)
         for name, temporary in temporaries.items():
             temporary.replace(folder / name)

@@ -260,6 +260,19 @@ def test_each_table_is_a_file_of_its_own_and_none_of_a_replaced_report_stays(tmp
     assert [path.name for path in tmp_path.glob("table*.csv")] == ["table.csv"]
 
 
+def test_only_files_of_the_report_that_is_replaced_go(tmp_path: Path) -> None:
+    report = Report("t", "s", tables=[TABLE, TABLE])
+    (tmp_path / "table-overlap.csv").write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"already holds table-overlap\.csv"):
+        write_report(report, tmp_path, result={})
+    (tmp_path / "table-overlap.csv").rename(tmp_path / "table-mine.csv")
+    write_report(report, tmp_path, result={}, beside={"worklist.csv": "row\n1\n"})
+    (tmp_path / "worklist.jsonl").write_text("mine")
+    write_report(Report("t", "s"), tmp_path, result={}, force=True)
+    assert {path.name for path in tmp_path.iterdir()} == {*REPORT_FILES, "table-mine.csv", "worklist.jsonl"}
+    assert (tmp_path / "table-mine.csv").read_text() == "mine"
+
+
 def test_rows_to_decide_on_stand_first_and_what_is_behind_them_next() -> None:
     listed = [Passage(f"{i}. row {i}", {"text": f"text <{i}>"}, facts={"label": "no"}, note="why") for i in range(12)]
     figure = Figure("f", bar_chart(["a"], {"s": [1.0]}, xlabel="x"))
