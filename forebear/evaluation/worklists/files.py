@@ -75,13 +75,28 @@ def read_work_list(path: Path) -> WorkList:
 
     Args:
         path: A file named as one of ``READ``; or a folder, such as a report's, with a file ``worklist.csv``,
-            ``worklist.jsonl`` or ``worklist.parquet``: the one that was changed last.
+            ``worklist.jsonl`` or ``worklist.parquet``: the one with decisions, else the one that was changed last.
 
     Raises:
         DataError: There is no such file, or it cannot be read as a table.
-        InputError: A value is not of its column's kind; the line names the file and the row.
+        InputError: A value is not of its column's kind; the line names the file and the row. Or two files of a folder
+            hold different decisions.
     """
-    file = _file_of(path)
+    files = files_of(path)
+    lists = {file: _read(file) for file in files}
+    if decided := [file for file in files if any(item.decision for item in lists[file])]:
+        for other in decided[1:]:
+            if _decisions(lists[other]) != _decisions(lists[decided[0]]):
+                raise InputError(f"{decided[0]} and {other} hold different decisions. Name the file that counts.")
+        return lists[decided[0]]
+    return lists[max(files, key=lambda file: (file.stat().st_mtime_ns, -files.index(file)))]
+
+
+def _decisions(work_list: WorkList) -> list[tuple[int, str, str]]:
+    return sorted((item.row, item.decision, item.suggested or "") for item in work_list if item.decision)
+
+
+def _read(file: Path) -> WorkList:
     reader, commas = _reader(file)
     if "row" not in reader.schema.names and (reader.schema.names or reader.n_rows):
         raise InputError(
@@ -98,15 +113,20 @@ def _item(file: Path, number: int, record: Mapping[str, Any]) -> Item:
         raise InputError(f"{file}, item {number}: {error}") from error
 
 
-def _file_of(path: Path) -> Path:
+def files_of(path: Path) -> list[Path]:
+    """The files of which :func:`read_work_list` takes one.
+
+    Raises:
+        DataError: There is none.
+    """
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()]
         if not found:
             raise DataError(f"{path} holds no {', '.join(FILES)}; expected a work list, or a folder with one.")
-        return max(found, key=lambda file: (file.stat().st_mtime_ns, -FILES.index(file.name)))
+        return found
     if not path.is_file():
         raise DataError(f"no such file: {path}. Expected a work list, as audits write it beside their pages.")
-    return path
+    return [path]
 
 
 def _reader(file: Path) -> tuple[Reader, bool]:

@@ -153,8 +153,8 @@ def item_of(record: Mapping[str, Any]) -> Item:
         raise InputError("an item without a row number. Fill the column row, or take the line out.")
     of_label = "label" in record and "given" not in record
     try:
-        said = [_text(record.get(name)) for name in ("evidence", "reason")]
-        decision = (_text(record.get("decision")) or "").strip().lower()
+        said = [_text(record, name) for name in ("evidence", "reason")]
+        decision = (_text(record, "decision") or "").strip().lower()
         return Item(
             row=row,
             texts={
@@ -162,18 +162,18 @@ def item_of(record: Mapping[str, Any]) -> Item:
                 for name, text in record.items()
                 if (name.startswith(TEXT) or name == "text") and text is not None
             },
-            given=_text(record.get("given", record.get("label"))) or None,
-            suggested=_text(record.get("suggested")) or None,
+            given=_text(record, "given" if "given" in record else "label") or None,
+            suggested=_text(record, "suggested") or None,
             evidence=_evidence(record, of_label=of_label),
             contradicting=_rows(record.get("contradicting")),
             probability=None if of_label else _number(record.get("probability")),
             reason="; ".join(part for part in said if part),
             decision={"wrong label": "relabel", "note": ""}.get(decision, decision),
-            note=_text(record.get("note")) or "",
-            source=_text(record.get("source")) or None,
+            note=_text(record, "note") or "",
+            source=_text(record, "source") or None,
             source_row=_whole(record.get("source_row")),
             line=_whole(record.get("line")),
-            digest=_text(record.get("digest")) or None,
+            digest=_text(record, "digest") or None,
         )
     except ValueError as error:
         raise InputError(f"row {row}: {error}.") from error
@@ -185,9 +185,10 @@ def text_digest(texts: Iterable[str]) -> str:
     return f"sha256:{hashlib.sha256(content).hexdigest()[:16]}"
 
 
-def _text(value: Any) -> str | None:
+def _text(record: Mapping[str, Any], name: str) -> str | None:
+    value = record.get(name)
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{value!r}: expected text")
+        raise ValueError(f"{name} {value!r}: expected text")
     return value
 
 
@@ -219,5 +220,9 @@ def _evidence(record: Mapping[str, Any], *, of_label: bool) -> dict[str, float]:
 
 
 def _rows(value: Any) -> tuple[int, ...]:
+    if isinstance(value, int | float):
+        value = [value]
     parts = value.strip("[] ").replace(",", " ").replace(";", " ").split() if isinstance(value, str) else value or ()
+    if not isinstance(parts, list | tuple):
+        raise ValueError(f"contradicting {value!r}: expected numbers of rows")
     return tuple(number for part in parts if (number := _whole(part)) is not None)

@@ -22,6 +22,7 @@ from forebear.evaluation.worklists.items import DECISIONS, Item, WorkList
 
 AGENT: Final = "forebear"
 LABEL, DECISION = "label", "decision"  # names of the two questions
+GIVEN, REASON = "given", "reason"  # names of facts that the configuration shows
 LEAVING: Final = ("remove", "quarantine")  # decisions that are no label
 ISSUE_COLUMNS: Final = ("is_label_issue", "label_score", "given_label", "predicted_label")
 
@@ -33,12 +34,13 @@ def labels_of(work_list: WorkList) -> list[str]:
 
 def as_label_studio(work_list: WorkList) -> str:
     """Tasks with predictions; a suggestion is a prediction, its score the probability where that was measured."""
-    first = _first_column(work_list)
-    return json.dumps([_task(item, first) for item in work_list], ensure_ascii=False, indent=1) + "\n"
+    first, names = _first_column(work_list), _fact_names(work_list)
+    return json.dumps([_task(item, first, names) for item in work_list], ensure_ascii=False, indent=1) + "\n"
 
 
-def _task(item: Item, to_name: str) -> dict[str, Any]:
-    task: dict[str, Any] = {"data": {**item.texts, **_facts(item)}}
+def _task(item: Item, to_name: str, names: Mapping[str, str]) -> dict[str, Any]:
+    facts = {names[name]: value for name, value in _facts(item).items()}
+    task: dict[str, Any] = {"data": {**item.texts, **facts}}
     if item.suggested is not None:
         choice = {"from_name": LABEL, "to_name": to_name, "type": "choices", "value": {"choices": [item.suggested]}}
         prediction: dict[str, Any] = {"model_version": AGENT, "result": [choice]}
@@ -50,9 +52,9 @@ def _task(item: Item, to_name: str) -> dict[str, Any]:
 
 def label_studio_config(work_list: WorkList) -> str:
     """The labelling configuration that the tasks are for: the texts, what is known, a label and a decision."""
-    columns = list(work_list.text_columns)
+    columns, names = list(work_list.text_columns), _fact_names(work_list)
     lines = [f"  <Text name={quoteattr(name)} value={quoteattr('$' + name)}/>" for name in columns]
-    lines += ['  <Header value="Given: $given. $reason"/>']
+    lines += [f"  <Header value={quoteattr(f'Given: ${names[GIVEN]}. ${names[REASON]}')}/>"]
     first = quoteattr(_first_column(work_list))
     for question, choices in ((LABEL, labels_of(work_list)), (DECISION, LEAVING)):
         lines.append(f'  <Choices name="{question}" toName={first} choice="single">')
@@ -81,8 +83,18 @@ def as_argilla(work_list: WorkList) -> str:
     return json.dumps(records, ensure_ascii=False, indent=1) + "\n"
 
 
+def _fact_names(work_list: WorkList) -> dict[str, str]:
+    """Names of the facts among a task's data, each another one than those of the texts."""
+    names = {}
+    for name in _facts(Item(row=0)):
+        names[name] = name
+        while names[name] in work_list.text_columns:
+            names[name] = f"{AGENT}_{names[name]}"
+    return names
+
+
 def _facts(item: Item) -> dict[str, Any]:
-    return {"row": item.row, "given": item.given, "probability": item.probability, "reason": item.reason}
+    return {"row": item.row, GIVEN: item.given, "probability": item.probability, REASON: item.reason}
 
 
 def as_cleanlab(work_list: WorkList) -> str:
@@ -135,7 +147,10 @@ def answers_from(tool: str, content: str, work_list: WorkList) -> Answered:
     Raises:
         InputError: The content is not the tool's, or the tool is not known.
     """
-    readers = {"label-studio": _label_studio_answers, "argilla": _argilla_answers}
+    readers: dict[str, Callable[[Any], dict[int, list[Answer]]]] = {
+        "label-studio": lambda tasks: _label_studio_answers(tasks, _fact_names(work_list)["row"]),
+        "argilla": _argilla_answers,
+    }
     if tool == "cleanlab":
         return _with_issues(content, work_list)
     if tool not in readers:
@@ -174,7 +189,7 @@ def _decided(item: Item, answer: Answer) -> Item:
     return replace(item, decision="relabel", suggested=label)
 
 
-def _label_studio_answers(tasks: Sequence[Mapping[str, Any]]) -> dict[int, list[Answer]]:
+def _label_studio_answers(tasks: Sequence[Mapping[str, Any]], row: str) -> dict[int, list[Answer]]:
     found: dict[int, list[Answer]] = {}
     for task in tasks:
         answers = [
@@ -182,12 +197,16 @@ def _label_studio_answers(tasks: Sequence[Mapping[str, Any]]) -> dict[int, list[
             for annotation in task.get("annotations", [])
             if not annotation.get("was_cancelled")
         ]
-        found.setdefault(int(task["data"]["row"]), []).extend(answer for answer in answers if any(answer))
+        found.setdefault(int(task["data"][row]), []).extend(answer for answer in answers if any(answer))
     return {row: answers for row, answers in found.items() if answers}
 
 
 def _choices(results: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    return {one["from_name"]: one["value"]["choices"][0] for one in results if one.get("type") == "choices"}
+    return {
+        one["from_name"]: one["value"]["choices"][0]
+        for one in results
+        if one.get("type") == "choices" and one["value"]["choices"]  # empty: the choice was taken back
+    }
 
 
 def _argilla_answers(records: Sequence[Mapping[str, Any]]) -> dict[int, list[Answer]]:
@@ -218,6 +237,9 @@ def _with_issues(content: str, work_list: WorkList) -> Answered:
     if not table or not set(ISSUE_COLUMNS) <= set(table[0]):
         raise InputError(f"this is no table of label issues; expected the columns {', '.join(ISSUE_COLUMNS)}.")
     key = "row" if "row" in table[0] else next(iter(table[0]))
+    for number, issue in enumerate(table, 1):
+        if any(issue[name] is None for name in (key, *ISSUE_COLUMNS)):
+            raise InputError(f"row {number} (from 1) of the table has too few values. Mend it.")
     try:
         issues = {int(line[key]): line for line in table}
         figures = {row: float(line["label_score"]) for row, line in issues.items() if line["label_score"]}

@@ -46,8 +46,11 @@ def lines_of(
                     names = _cells(record.text, sign or ",", quoted=not is_tab)
                 if record.number is None or record.number not in digests:
                     continue
+                values: Any
                 if sign is None:
                     values = json.loads(record.text)
+                    if not isinstance(values, dict):
+                        return {}  # an array on a line: its rows have no lines
                 else:
                     values = dict(zip(names, _cells(record.text, sign, quoted=not is_tab), strict=False))
                 if text_digest([values.get(name) for name in text_columns]) == digests[record.number]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -145,6 +146,27 @@ def test_other_files_are_refused_in_one_line(tmp_path):
         with pytest.raises(InputError) as raised:
             answers_from(tool, content, LIST)
         assert "\n" not in str(raised.value)
+    short = "row,is_label_issue,label_score,given_label,predicted_label\n3,True\n"
+    with pytest.raises(InputError, match=r"row 1 .* has too few values"):
+        answers_from("cleanlab", short, LIST)
+    with pytest.raises(InputError, match=r"OUT\.xml is the labelling configuration"):
+        worklists.export(LIST, "label-studio", tmp_path / "tasks.xml")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="expected label-studio, argilla, cleanlab, parquet, csv, jsonl"):
         worklists.export(LIST, "excel", tmp_path / "x")
     assert label_studio_config(WorkList(())).startswith("<View>")
+
+
+def test_texts_named_like_facts_stay_and_answers_find_their_row(tmp_path):
+    item = Item(row=3, texts={"reason": "a text", "row": "another"}, given="no", suggested="yes", reason="doubtful")
+    worklists.export(WorkList((item,)), "label-studio", tmp_path / "out.json")
+    (task,) = json.loads((tmp_path / "out.json").read_text())
+    assert {"reason": "a text", "row": "another"}.items() <= task["data"].items()
+    header = ET.fromstring((tmp_path / "out.xml").read_text()).find("Header").get("value")
+    shown = {name: task["data"][name] for name in re.findall(r"\$(\w+)", header)}
+    assert list(shown.values()) == ["no", "doubtful"]
+    choice = {"from_name": "label", "type": "choices", "value": {"choices": ["yes"]}}
+    task["annotations"] = [{"result": [choice]}]
+    assert answers_from("label-studio", json.dumps([task]), WorkList((item,))).work_list.items[0].decision == "relabel"
+    task["annotations"] = [{"result": [{**choice, "value": {"choices": []}}]}]  # a choice that was taken back
+    assert answers_from("label-studio", json.dumps([task]), WorkList((item,))).n_answered == 0

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -124,7 +125,7 @@ def test_what_the_explorer_kept_before_is_read():
         ("a.csv", "row,line\n1,1.5\n", r"row 1: '1.5': expected a whole number"),
         ("a.csv", "row,row\n1,1\n", "more than one column 'row'"),
         ("a.csv", "row\n-1\n", "row -1: expected a number from 0"),
-        ("a.jsonl", '{"row": 1, "note": 3}\n', "row 1: 3: expected text"),
+        ("a.jsonl", '{"row": 1, "note": 3}\n', "row 1: note 3: expected text"),
         ("a.txt", "row\n1\n", "expected one that ends in .parquet"),
     ],
 )
@@ -177,3 +178,22 @@ def test_audit_mislabelled_writes_its_list_beside_the_page(bert_world, tmp_path)
         found.write(tmp_path / "report")
     assert read_work_list(tmp_path / "report") == found.work_list
     assert set(DECISIONS) == {"relabel", "remove", "quarantine", "keep"}
+
+
+def test_one_contradicting_row_may_stand_as_a_number():
+    assert item_of({"row": 1, "contradicting": 12.0}).contradicting == (12,)
+    with pytest.raises(InputError, match=r"row 1: contradicting .*: expected numbers of rows"):
+        item_of({"row": 1, "contradicting": {"a": 1}})
+
+
+def test_of_a_folder_the_file_with_decisions_counts_whatever_was_changed_last(tmp_path):
+    """A copy gives files other times, in any order."""
+    decided = WorkList((Item(row=1, decision="remove"), Item(row=2)))
+    for name, content in rendered(WorkList((Item(row=1), Item(row=2)))).items():
+        (tmp_path / name).write_bytes(content)
+    write_work_list(decided, tmp_path / "worklist.csv")
+    os.utime(tmp_path / "worklist.csv", (0, 0))
+    assert read_work_list(tmp_path) == decided
+    write_work_list(WorkList((Item(row=1, decision="keep"), Item(row=2))), tmp_path / "worklist.jsonl")
+    with pytest.raises(InputError, match=r"worklist\.csv and .*worklist\.jsonl hold different decisions"):
+        read_work_list(tmp_path)
