@@ -21,6 +21,7 @@ from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.explain.explaining import explain
 from forebear.evaluation.explain.explanation import Answer, Explanation, FoundRow, Side
 from forebear.evaluation.explain.marks import MarkedText, Piece, Word
+from forebear.evaluation.worklists.listing import source_of
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.row_format import REGRESSION, SINGLE_LABEL
 from forebear.progress import Progress, no_progress
@@ -295,7 +296,7 @@ def row_block(
     records = []
     for i, row in enumerate(rows.tolist()):
         loss = float(index.losses[row])
-        source, source_row = source_of(retriever, row)
+        source, source_row = source_of(index, row)
         group = group_of.get(row)
         records.append({
             "row": row,
@@ -313,12 +314,6 @@ def row_block(
             "drives": drives.places.get(row, []),
         })  # fmt: skip
     return records
-
-
-def source_of(retriever: Retriever, row: int) -> tuple[str, int | None]:
-    """The file that a training row came from, and its number there, from 0; None where rows of it were left out."""
-    segment = next(s for s in retriever.index.manifest.segments if s.start <= row < s.start + s.n_rows)
-    return segment.source, None if segment.n_left_out else row - segment.start
 
 
 def _group(group: DuplicateGroup, row: int) -> Record:

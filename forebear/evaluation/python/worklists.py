@@ -8,7 +8,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,11 @@ from forebear.evaluation.common.queries import sample_queries
 from forebear.evaluation.python.opening import Finding, IndexLike, Rows, called, finding, retriever_of, tested_rows
 from forebear.evaluation.python.retrainings import Retraining, retrainer_of
 from forebear.evaluation.retraining.changes import seeds_of
-from forebear.evaluation.worklists.apply import Applied, apply_work_list
-from forebear.evaluation.worklists.files import ENDINGS, as_bytes, read_work_list, write_work_list
-from forebear.evaluation.worklists.items import Item, WorkList
+from forebear.evaluation.worklists.apply import Applied, apply_work_list, decided
+from forebear.evaluation.worklists.files import ENDINGS, as_bytes, files_of, read_work_list, write_work_list
+from forebear.evaluation.worklists.items import Item, WorkList, text_digest
 from forebear.evaluation.worklists.labelling_tools import EXPORTS, Answered, answers_from, label_studio_config
-from forebear.evaluation.worklists.retraining import Retrained, retrain_changes, retrained_report
+from forebear.evaluation.worklists.retraining import Retrained, check_items, retrain_changes, retrained_report
 from forebear.indexer.rows.files.reader import reading
 from forebear.indexer.rows.opening import open_rows
 from forebear.indexer.rows.row_format import RowFormat
@@ -74,15 +75,16 @@ def apply(
         train: The training file; or a source of :func:`~forebear.open_rows`, where columns or label names are given.
         out: The new file, of the same form.
         accept: Rows without a decision are relabelled as suggested where ``probability`` is at least this.
-        force: Overwrite files.
+        force: Overwrite files, but neither the training file nor the list.
 
     Raises:
-        InputError: Decisions contradict each other, or a label is none of the file's.
+        InputError: Decisions contradict each other, a label is none of the file's, or a file to write is one of these.
         MismatchError: A row of the list does not say what the file has.
         OutputExistsError: A file is there already.
         DataError: The file cannot be read.
     """
     todo = read(work_list) if isinstance(work_list, str | Path) else work_list
+    files = files_of(Path(work_list)) if isinstance(work_list, str | Path) else []
     if isinstance(train, RowSource):
         source, path = train, Path(train.name)
     else:
@@ -90,7 +92,7 @@ def apply(
         source = open_rows(path, need_labels=True, unlabelled=DROP_MARKED, like=format_of(todo))
     if not path.is_file():
         raise InputError(f"--train {path} is no plain file; rows are written back to one file. Name the file.")
-    return apply_work_list(todo, source, path, Path(out), accept=accept, force=force)
+    return apply_work_list(todo, source, path, Path(out), accept=accept, force=force, listed_in=files)
 
 
 def export(work_list: WorkList | str | Path, tool: str, out: str | Path, *, force: bool = False) -> tuple[Path, ...]:
@@ -104,7 +106,7 @@ def export(work_list: WorkList | str | Path, tool: str, out: str | Path, *, forc
         force: Overwrite it.
 
     Raises:
-        InputError: There is no such tool.
+        InputError: There is no such tool, or tasks would be named as their configuration is.
         OutputExistsError: A file is there already.
         StorageError: It cannot be written.
     """
@@ -118,6 +120,8 @@ def export(work_list: WorkList | str | Path, tool: str, out: str | Path, *, forc
         known = ", ".join([*EXPORTS, *(ending[1:] for ending in ENDINGS)])
         raise InputError(f"--to {tool}: expected {known}.", of="worklist export")
     if tool == "label-studio":
+        if path.suffix.lower() == ".xml":
+            raise InputError(f"--out {out}: OUT.xml is the labelling configuration. Name the tasks OUT.json.")
         contents[path.with_suffix(".xml")] = label_studio_config(todo).encode("utf-8", "replace")
     _refuse_overwriting(contents, force=force)
     for file, content in contents.items():
@@ -161,8 +165,18 @@ def _refuse_overwriting(paths: Iterable[Path], *, force: bool) -> None:
 
 
 def format_of(work_list: WorkList) -> RowFormat:
-    """What a work list knows of its training file: the text columns."""
-    return RowFormat(owner="the work list", text_columns=work_list.text_columns)
+    """What a work list knows of its training file: the text columns.
+
+    A spreadsheet may have moved the columns: their order is the one in which most of the first texts have their digest.
+    """
+    columns = work_list.text_columns
+    some = [item for item in work_list if item.digest is not None and item.texts.keys() == set(columns)][:20]
+    if len(columns) > 1 and some:
+        columns = max(
+            itertools.islice(itertools.permutations(columns), 24),
+            key=lambda order: sum(item.digest == text_digest(item.texts[n] for n in order) for item in some),
+        )
+    return RowFormat(owner="the work list", text_columns=columns)
 
 
 def retrain(
@@ -190,24 +204,58 @@ def retrain(
         InputError: The index has several labels or numbers a row, or nothing was changed.
         MismatchError: The list is of another index.
     """
+    changed = [change.item for change in applied.changes]
+    return begin_retraining(changed, retriever, rows, group_by=group_by, how=how, seed=seed)(applied, progress)
+
+
+def begin_retraining(
+    items: Iterable[Item],
+    retriever: IndexLike,
+    rows: Rows,
+    *,
+    group_by: str | None = None,
+    how: Retraining | None = None,
+    seed: int = 0,
+) -> Callable[[Applied, Progress | bool], Finding[Retrained]]:
+    """All that :func:`retrain` can refuse, before the list is applied; what is returned retrains.
+
+    Args:
+        items: Those whose decisions change a row.
+        retriever: See :func:`retrain`, as for the others and what is raised.
+    """
     how = how or Retraining()
     retriever = retriever_of(retriever, "worklists.retrain")
     source = tested_rows(retriever.label_names, rows, like=retriever.index.manifest.row_format, need_labels=True)
+    check_items(list(items), retriever.index)
     tested = sample_queries(retriever, source, 0, seed, need_labels=True)
-    assert tested.labels is not None  # they are needed
+    gold = tested.labels
+    assert gold is not None  # they are needed
     retrainer = retrainer_of(retriever, how, tested.texts, None)
     seeds = seeds_of(retrainer, how.n_seeds, seed)
-    names = np.array(retriever.label_names)[tested.labels]
+    names = np.array(retriever.label_names)[gold]
     groups = {f"label {name}": names == name for name in retriever.label_names if (names == name).any()}
     groups |= _groups(source, group_by)
-    found = retrain_changes(
-        applied.changes, retriever.index, retrainer, tested.labels, seeds, groups, progress=progress_of(progress)
-    )
     asked = provenance(
         retriever, QuerySpec(), called("worklists.retrain"), test_rows=f"{tested.source}, {len(tested):,} of them",
         retraining=f"{retrainer.recipe.name}. {retrainer.recipe.note}", seeds=", ".join(map(str, seeds)),
     )  # fmt: skip
-    return finding(found, retrained_report(found, retrainer, asked, seed))
+
+    def run(applied: Applied, progress: Progress | bool) -> Finding[Retrained]:
+        found = retrain_changes(
+            applied.changes, retriever.index, retrainer, gold, seeds, groups, progress=progress_of(progress)
+        )
+        return finding(found, retrained_report(found, retrainer, asked, seed))
+
+    return run
+
+
+def changed_by(work_list: WorkList, accept: float | None = None) -> list[Item]:
+    """Items whose decisions, or whose probabilities, change a row.
+
+    Raises:
+        InputError: Decisions contradict each other, or no probability is known.
+    """
+    return [item for item in decided(work_list, accept).values() if item.decision not in ("", "keep")]
 
 
 def _groups(source: RowSource, column: str | None) -> Mapping[str, np.ndarray]:

@@ -6,7 +6,7 @@ was before it changed, is refused at the first row that differs. Rows on which n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from typing import Any
 from forebear.errors import InputError, MismatchError, OutputExistsError
 from forebear.evaluation.worklists.files import json_line
 from forebear.evaluation.worklists.items import Item, WorkList, text_digest
-from forebear.evaluation.worklists.training_files import Rewriting, check_out, rewrite
+from forebear.evaluation.worklists.placing import of_file, placed_rows, unplaced
+from forebear.evaluation.worklists.training_files import Rewriting, check_out, ending_of, rewrite
 from forebear.indexer.losses.loss import number_text
 from forebear.indexer.rows.files.reader import listed
 from forebear.indexer.rows.row_format import REGRESSION, SINGLE_LABEL
 from forebear.indexer.rows.row_source import RowBlock, RowSource
-from forebear.indexer.storage.atomic import write_bytes
 
 _SHOWN = 60  # characters of a text in a message
 
@@ -90,7 +90,7 @@ class Applied:
 
 def beside(out: Path, name: str) -> Path:
     """A file beside the new training file: ``fixed.csv`` has ``fixed.log.jsonl`` and ``fixed.quarantine.csv``."""
-    stem = out.name.split(".")[0] if not out.name.startswith(".") else out.stem
+    stem = out.name[: len(out.name) - len(ending_of(out))]
     return out.with_name(f"{stem}.log.jsonl" if name == "log" else f"{stem}.{name}{out.name[len(stem) :]}")
 
 
@@ -115,7 +115,8 @@ def decided(work_list: WorkList, accept: float | None = None) -> dict[int, Item]
     found: dict[int, Item] = {}
     for listed_item in work_list:
         item = listed_item
-        if accept is not None and item.row not in by_hand and (item.probability or 0.0) >= accept and item.suggested:
+        chance = item.probability if item.row not in by_hand and item.suggested else None
+        if accept is not None and chance is not None and chance >= accept:
             item = replace(item, decision="relabel")
         if item.decision == "relabel" and item.suggested is None:
             raise InputError(
@@ -137,8 +138,9 @@ def _outcome(item: Item) -> tuple[str, ...]:
 
 
 def apply_work_list(
-    work_list: WorkList, source: RowSource, train: Path, out: Path, *, accept: float | None = None, force: bool = False
-) -> Applied:
+    work_list: WorkList, source: RowSource, train: Path, out: Path, *, accept: float | None = None, force: bool = False,
+    listed_in: Iterable[Path] = (),
+) -> Applied:  # fmt: skip
     """Write the training file as a work list says, and a log of what changed.
 
     Args:
@@ -148,23 +150,24 @@ def apply_work_list(
         out: The new file, of the same form; ``fixed.csv`` gets ``fixed.log.jsonl`` beside it, and where rows are put
             apart ``fixed.quarantine.csv``.
         accept: See :func:`decided`.
-        force: Overwrite files.
+        force: Overwrite files; rows that an earlier run put apart go.
+        listed_in: Files of the work list, which are not overwritten.
 
     Raises:
-        InputError: See :func:`decided`; or a label is none of the file's.
+        InputError: See :func:`decided`; a label is none of the file's; or a file to write is one that is read.
         MismatchError: A row does not say what the list has.
         OutputExistsError: A file is there already.
         DataError: The file cannot be read.
         StorageError: A file cannot be written.
     """
-    check_out(train, out)
     log, apart = beside(out, "log"), beside(out, "quarantine")
+    check_out(train, out, (log, apart), listed_in)
     there = [str(path) for path in (out, log, apart) if path.exists()]
     if there and not force:
         raise OutputExistsError(f"{', '.join(there)} exists already. Name another file, or give --force.")
-    mine, n_elsewhere = _of_file(work_list, train)
+    mine, n_elsewhere = of_file(work_list, train)
     items = decided(mine, accept)
-    placed = dict(sorted((_file_row(item, source), item) for item in items.values()))
+    placed = placed_rows(items.values(), source)
     found = _check(placed, source, train)
     labels = _Labels(source, found, train)
     new = {row: labels.value(item) for row, item in placed.items() if item.decision == "relabel"}
@@ -175,17 +178,39 @@ def apply_work_list(
     if len(gone) == n_rows:
         raise InputError(f"all {n_rows:,} rows of {train} would go. Keep some.")
     change = Rewriting(
-        label_column=source.label_column, labels={row: labels.raw(value) for row, value in new.items()}, left_out=gone,
-        apart=quarantined, n_rows=n_rows,
+        label_column=source.label_column if new else None,  # others may be several
+        labels={row: labels.raw(value) for row, value in new.items()}, left_out=gone, apart=quarantined, n_rows=n_rows,
     )  # fmt: skip
-    read = source.format("the file")
-    lines = rewrite(
-        train, out, change, delimiter=read.delimiter, encoding=read.encoding, apart=apart if quarantined else None
+    read, changes = source.format("the file"), list[Change]()
+
+    def log_of(lines: Mapping[int, int]) -> bytes:
+        changes.extend(_changes(placed, gone, {row: labels.name(value) for row, value in new.items()}, found, lines))
+        return "".join(json_line(change.record()) for change in changes).encode("utf-8", "replace")
+
+    rewrite(
+        train, out, change, delimiter=read.delimiter, encoding=read.encoding, apart=apart if quarantined else None,
+        log=log, logged=log_of,
+    )  # fmt: skip
+    if not quarantined:
+        apart.unlink(missing_ok=True)  # of an earlier run
+    return Applied(
+        changes=tuple(changes),
+        n_kept=sum(bool(item.decision) for item in items.values()) - len(changes),
+        n_undecided=sum(not item.decision for item in items.values()),
+        n_elsewhere=n_elsewhere,
+        n_rows=n_rows,
+        n_written=n_rows - len(gone),
+        files=(out, apart, log) if quarantined else (out, log),
     )
+
+
+def _changes(
+    placed: Mapping[int, Item], gone: Set[int], new: Mapping[int, str | None], found: _Found, lines: Mapping[int, int]
+) -> list[Change]:
     changes, n_before = [], 0
     for row, item in placed.items():
         if row in gone or row in new:
-            after = None if row in gone else labels.name(new[row])
+            after = None if row in gone else new[row]
             place = None if row in gone else row - n_before
             changes.append(
                 Change(
@@ -198,42 +223,7 @@ def apply_work_list(
                 )
             )
         n_before += row in gone
-    write_bytes(log, "".join(json_line(change.record()) for change in changes).encode("utf-8", "replace"))
-    return Applied(
-        changes=tuple(changes),
-        n_kept=sum(bool(item.decision) for item in items.values()) - len(changes),
-        n_undecided=sum(not item.decision for item in items.values()),
-        n_elsewhere=n_elsewhere,
-        n_rows=n_rows,
-        n_written=n_rows - len(gone),
-        files=(out, apart, log) if quarantined else (out, log),
-    )
-
-
-def _of_file(work_list: WorkList, train: Path) -> tuple[WorkList, int]:
-    """The items whose rows came from a file, and how many came from others.
-
-    A list of one source is taken for the file's whatever it is called: its rows are checked.
-    """
-    sources = {Path(item.source).name for item in work_list if item.source is not None}
-    if len(sources) < 2:
-        return work_list, 0
-    if train.name not in sources:
-        raise MismatchError(
-            f"the list's rows came from {listed(sorted(sources))}, and none from {train.name}. Give one of these."
-        )
-    mine = tuple(item for item in work_list if item.source is None or Path(item.source).name == train.name)
-    return WorkList(mine), len(work_list) - len(mine)
-
-
-def _file_row(item: Item, source: RowSource) -> int:
-    row = item.row if item.source_row is None else item.source_row
-    if row >= source.n_rows:
-        raise MismatchError(
-            f"row {item.row} of the list is row {row} (from 0) of its file, and {source.name} has {source.n_rows:,} "
-            "rows. Give the file that the index was built from."
-        )
-    return source.file_row(row)
+    return changes
 
 
 @dataclass(frozen=True)
@@ -252,7 +242,9 @@ def _check(placed: Mapping[int, Item], source: RowSource, train: Path) -> _Found
     names: dict[str, set[Any]] = {}
     named: dict[int, str] = {}
     raws: dict[Any, Any] = {}
+    unseen = set(placed)
     for row, item, texts, label in _rows(placed, source, raws):
+        unseen.discard(row)
         _check_texts(item, row, texts, source, train)
         own = label_name(label, source)
         if own is None:
@@ -260,7 +252,7 @@ def _check(placed: Mapping[int, Item], source: RowSource, train: Path) -> _Found
         named[row] = own
         if item.given is None:
             continue
-        if item.given != own:
+        if item.given != own and not _same_numbers(item.given, own, source):
             known = {label_name(value, source) for value in source.label_values}
             if item.given in known or source.problem_type != SINGLE_LABEL:
                 raise MismatchError(
@@ -270,6 +262,11 @@ def _check(placed: Mapping[int, Item], source: RowSource, train: Path) -> _Found
             named[row] = item.given
         if source.problem_type == SINGLE_LABEL:
             names.setdefault(item.given, set()).add(label)
+    for row in sorted(unseen):
+        raise MismatchError(
+            f"row {placed[row].row}: row {row} (from 0) of {train} has no label, and the list gives it one. Give the "
+            "file that the index was built from, as it was then."
+        )
     of_label: dict[Any, str] = {}
     for name, labels in names.items():
         for label in labels:
@@ -295,18 +292,28 @@ def _rows(
                 yield row, placed[row], texts, None if block.labels is None else block.labels[i]
 
 
+def _same_numbers(given: str, own: str, source: RowSource) -> bool:
+    """Whether two labels are the same numbers, with commas or points before the decimals."""
+    try:
+        numbers = [[float(part.replace(",", ".")) for part in text.split(";")] for text in (given, own)]
+    except ValueError:
+        return False
+    return source.problem_type == REGRESSION and numbers[0] == numbers[1]
+
+
 def _file_rows(block: RowBlock, source: RowSource) -> list[int]:
     return [source.file_row(row) for row in range(block.start, block.start + len(block))]
 
 
 def _check_texts(item: Item, row: int, texts: tuple[str, ...], source: RowSource, train: Path) -> None:
-    of_list = tuple(item.texts.values())
+    by_name = item.texts.keys() == set(source.text_columns)
+    of_list = tuple(item.texts[name] for name in source.text_columns) if by_name else tuple(item.texts.values())
     same = item.digest == text_digest(texts) if item.digest is not None else of_list in (texts, ("\n".join(texts),))
     if same or (item.digest is None and not of_list):
         return
     raise MismatchError(
         f"row {item.row}: {train} has {_shown(texts)} in row {row} (from 0; {', '.join(source.text_columns)}), the "
-        f"list {_shown(of_list)}. Give the file that the index was built from, as it was then."
+        f"list {_shown(of_list)}. Give the file that the index was built from, as it was then.{unplaced(item, source)}"
     )
 
 
@@ -337,7 +344,7 @@ class _Labels:
     def value(self, item: Item) -> Any:
         """The label that an item is to have."""
         source, wanted = self._source, item.suggested or ""
-        if source.problem_type == REGRESSION:
+        if source.problem_type == REGRESSION and len(source.label_columns) == 1:
             try:
                 return float(wanted.replace(",", "."))
             except ValueError as error:

@@ -15,7 +15,7 @@ from forebear.evaluation.reports.report import Cell, Report, Table
 from forebear.evaluation.retraining.changes import IN_PLACE
 from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer
 from forebear.evaluation.worklists.apply import Change
-from forebear.evaluation.worklists.items import text_digest
+from forebear.evaluation.worklists.items import Item, text_digest
 from forebear.indexer.index import Index
 from forebear.indexer.rows.row_format import SINGLE_LABEL
 
@@ -43,6 +43,36 @@ class Retrained:
     n_left_out: int
 
 
+def check_items(items: Sequence[Item], index: Index) -> None:
+    """Refuse items that are of another index, or an index of other labels; before anything is written.
+
+    Args:
+        items: Those whose decisions change a row.
+        index: The index that is trained again.
+
+    Raises:
+        InputError: The index has several labels or numbers a row; or there is no item.
+        MismatchError: A row of the index is not the row of the list.
+    """
+    if index.manifest.spec.problem_type != SINGLE_LABEL:
+        raise InputError(
+            f"--retrain is for one label a row; {index.folder} has several labels or numbers. Leave it out."
+        )
+    if not items:
+        raise InputError("--retrain: no decision changes a row. Decide on some, or give --accept.")
+    rows = np.array([item.row for item in items])
+    if outside := sorted(set(rows.tolist()) - set(index.live.tolist())):
+        raise MismatchError(
+            f"{index.folder} has no live row {outside[0]}, which the list changes. Name the list's index."
+        )
+    if not index.manifest.without_texts:
+        for item, *texts in zip(items, *index.text_lists(rows), strict=True):
+            if item.digest is not None and item.digest != text_digest(texts):
+                raise MismatchError(
+                    f"row {item.row} of {index.folder} has other texts than the list's. Name the list's index."
+                )
+
+
 def job_changes(changes: Sequence[Change], index: Index) -> tuple[np.ndarray, dict[int, int]]:
     """Rows of an index to leave out, ascending, and new class ids by row number.
 
@@ -51,23 +81,7 @@ def job_changes(changes: Sequence[Change], index: Index) -> tuple[np.ndarray, di
         MismatchError: A row of the index is not the row of the list.
     """
     names = index.manifest.spec.label_names
-    if index.manifest.spec.problem_type != SINGLE_LABEL:
-        raise InputError(
-            f"--retrain is for one label a row; {index.folder} has several labels or numbers. Leave it out."
-        )
-    if not changes:
-        raise InputError("--retrain: no decision changes a row. Decide on some, or give --accept.")
-    rows = np.array([change.item.row for change in changes])
-    if outside := sorted(set(rows.tolist()) - set(index.live.tolist())):
-        raise MismatchError(
-            f"{index.folder} has no live row {outside[0]}, which the list changes. Name the list's index."
-        )
-    if not index.manifest.without_texts:
-        for change, *texts in zip(changes, *index.text_lists(rows), strict=True):
-            if change.item.digest is not None and change.item.digest != text_digest(texts):
-                raise MismatchError(
-                    f"row {change.item.row} of {index.folder} has other texts than the list's. Name the list's index."
-                )
+    check_items([change.item for change in changes], index)
     relabels = {}
     for change in changes:
         if change.after is not None:

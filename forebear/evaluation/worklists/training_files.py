@@ -12,8 +12,9 @@ import csv
 import gzip
 import io
 import json
+import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +71,10 @@ def ending_of(path: Path) -> str:
 
 
 def rewrite(
-    train: Path, out: Path, change: Rewriting, *, delimiter: str | None, encoding: str | None, apart: Path | None = None
-) -> dict[int, int]:
+    train: Path, out: Path, change: Rewriting, *, delimiter: str | None, encoding: str | None,
+    apart: Path | None = None, log: Path | None = None,
+    logged: Callable[[Mapping[int, int]], bytes] = lambda _lines: b"",
+) -> dict[int, int]:  # fmt: skip
     """Write a training file again.
 
     Args:
@@ -81,20 +84,33 @@ def rewrite(
         delimiter: Of a CSV or TSV file.
         encoding: Of a text file without a byte order mark; None: UTF-8.
         apart: File of the rows that are written apart, where there are any.
+        log: File of what changed: all files are complete before the first appears, and ``out`` appears last.
+        logged: What the log holds, of the lines that are returned.
 
     Returns:
         The line at which each row begins that changes or is left out, from 1, where the file has lines.
 
     Raises:
         DataError: The file is broken, or has no such column.
-        InputError: The file's format cannot be written.
+        InputError: The file's format cannot be written, or its column does not hold a label.
         StorageError: A file cannot be written.
     """
-    ending = ending_of(train)
     with ExitStack() as stack:
         handles = [stack.enter_context(atomic_file(path)) for path in (out, apart) if path is not None]
-        if ending in (".parquet", ".pq"):
-            return _rewrite_parquet(train, handles, change)
+        log_handle = None if log is None else stack.enter_context(atomic_file(log))
+        lines = _rewrite(train, handles, change, delimiter, encoding)
+        if log_handle is not None:
+            log_handle.write(logged(lines))
+    return lines
+
+
+def _rewrite(
+    train: Path, handles: Sequence[IO[bytes]], change: Rewriting, delimiter: str | None, encoding: str | None
+) -> dict[int, int]:
+    ending = ending_of(train)
+    if ending in (".parquet", ".pq"):
+        return _rewrite_parquet(train, handles, change)
+    with ExitStack() as stack:
         mark = next((m for m in ENCODINGS if _begins_with(train, m)), b"")
         written_in = {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}.get(ENCODINGS.get(mark, ""), encoding or "utf-8")
         if mark in ENCODINGS:
@@ -323,16 +339,29 @@ def _relabelled(table: pa.Table, start: int, column: str, labels: Mapping[int, A
         if start <= number < start + len(table):
             values[number - start] = value
     kind = field.type
-    made = (
-        pa.array(values, kind.value_type).dictionary_encode()
-        if pa.types.is_dictionary(kind)
-        else pa.array(values, kind)
-    )
-    return table.set_column(place, field, made.cast(kind))
+    own = kind.value_type if pa.types.is_dictionary(kind) else kind
+    try:
+        made = pa.array(values, own)
+    except (pa.ArrowException, OverflowError) as error:
+        raise InputError(f"column {column} of the file holds {own}, and not all new labels are: {error}") from error
+    for number, value in labels.items():  # Arrow cuts decimals off without a word
+        there = made[number - start].as_py() if start <= number < start + len(table) else value
+        if there != value and not (pa.types.is_floating(own) and math.isfinite(there)):
+            raise InputError(
+                f"row {number} (from 0) is to be relabelled {value}, and column {column} of the file holds {own}. "
+                "Write such a value, or change the column's type first."
+            )
+    return table.set_column(place, field, (made.dictionary_encode() if own is not kind else made).cast(kind))
 
 
-def check_out(train: Path, out: Path) -> None:
-    """Refuse a file to write that is not of the training file's form, or is the training file.
+def check_out(train: Path, out: Path, beside: Iterable[Path] = (), read: Iterable[Path] = ()) -> None:
+    """Refuse a file to write that is not of the training file's form, or is a file that is read.
+
+    Args:
+        train: The training file.
+        out: The new file.
+        beside: Further files to write.
+        read: Further files that are read: the work list.
 
     Raises:
         InputError: As said.
@@ -341,5 +370,8 @@ def check_out(train: Path, out: Path) -> None:
         raise InputError(
             f"--out {out}: expected a name that ends in {ending_of(train)}, as {train.name} does; rows keep their form."
         )
-    if out.exists() and train.exists() and out.samefile(train):
-        raise InputError(f"--out {out} is the training file itself. Name another file; nothing is overwritten.")
+    for path in (out, *beside):
+        for name, other in (("training file", train), *(("work list", file) for file in read)):
+            if path.exists() and other.exists() and path.samefile(other):
+                told = f"--out {out}" if path == out else f"--out {out} writes {path}, which"
+                raise InputError(f"{told} is the {name} itself. Name another file; it is not overwritten.")

@@ -362,6 +362,8 @@ def test_lines_are_those_of_the_file_as_the_index_read_it(place, tmp_path):
     assert lines_of(tmp_path / "gone.csv", digests, ("text",), {}) == {}
     (tmp_path / "b.csv").write_text('text\n"never closed')
     assert lines_of(tmp_path / "b.csv", digests, ("text",), {}) == {}
+    (tmp_path / "b.jsonl").write_text(json.dumps([{"text": text} for text in texts]))  # an array on one line
+    assert lines_of(tmp_path / "b.jsonl", digests, ("text",), {}) == {}
 
 
 def test_a_file_that_is_parted_into_other_rows_is_not_written(tmp_path):
@@ -419,3 +421,14 @@ def test_files_that_are_there_stay(tmp_path):
         worklists.apply(todo(), tmp_path / "a.csv", tmp_path / "b.jsonl")
     worklists.apply(todo(), tmp_path / "a.csv", tmp_path / "b.csv", force=True)
     assert (tmp_path / "b.log.jsonl").read_text() != "mine"
+
+
+def test_what_retraining_would_refuse_is_refused_before_a_file_is_written(place, tmp_path, capsys):
+    worklists.write(WorkList((Item(row=0, decision="remove"),)), tmp_path / "todo.csv")
+    command = ["apply", str(tmp_path / "todo.csv"), "--train", str(place / "train.csv"), "--retrain", "head"]
+    command += ["--out", str(tmp_path / "new.csv"), "--index", str(place / "index"), "--cache", str(tmp_path / "cache")]
+    assert run([*command, "--test", str(place / "dev.csv"), "--group-by", "nothing"]) == 2
+    assert "no such column" in capsys.readouterr().err
+    (tmp_path / "dev.csv").write_text("text,label\na,neither\n")
+    assert run([*command, "--test", str(tmp_path / "dev.csv")]) == 2
+    assert not list(tmp_path.glob("new*"))

@@ -127,22 +127,25 @@ def apply(
         classes=() if manifest is None else manifest.spec.label_names,
         problem_type=None if problem_type is None else problem_type_of(problem_type),
     )  # fmt: skip
-    applied = worklists.apply(todo, source, out, accept=accept, force=output.force)
+    retraining_of = None
+    if recipe is not None and chosen is not None and retriever is not None and test.rows is not None:
+        how = Retraining(
+            recipe=recipe, n_seeds=retraining.n_seeds, run=retraining.run, cache=retraining.cache,
+            device=chosen.first_device(),
+        )  # fmt: skip
+        retraining_of = worklists.begin_retraining(  # what is wrong with it is said before a file is written
+            worklists.changed_by(todo, accept), retriever, test.rows, group_by=group_by, how=how, seed=seed
+        )
+    applied = worklists.apply(worklist, source, out, accept=accept, force=output.force)
     counts = [f"{applied.count(d):,} {done}" for d, done in _DONE.items()]
     OUT.print(f"{', '.join(counts)}, {applied.n_kept:,} kept, {applied.n_undecided:,} undecided and kept", markup=False)
     if applied.n_elsewhere:
         say(f"note: {applied.n_elsewhere:,} rows of the list came from other files: apply it to each of these, too")
     say(f"wrote {out} ({applied.n_written:,} of {applied.n_rows:,} rows), {', '.join(map(str, applied.files[1:]))}")
-    if recipe is None or chosen is None or retriever is None or test.rows is None:
+    if retraining_of is None:
         return
-    how = Retraining(
-        recipe=recipe, n_seeds=retraining.n_seeds, run=retraining.run, cache=retraining.cache,
-        device=chosen.first_device(),
-    )  # fmt: skip
     with progress_bar() as progress:
-        found = worklists.retrain(
-            applied, retriever, test.rows, group_by=group_by, how=how, seed=seed, progress=progress
-        )
+        found = retraining_of(applied, progress)
     show_report(found.report)
     if report is not None:
         say_written(found.write(report, force=output.force))
