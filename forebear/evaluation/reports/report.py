@@ -119,7 +119,7 @@ def write_report(
         StorageError: The folder cannot be written.
     """
     tables = dict(zip(table_files(report), report.tables, strict=True))
-    check_folder(folder, force=force, beside=(*tables, *beside))
+    check_folder(folder, force=force, beside=beside)
     contents: dict[str, str | bytes] = {
         "report.html": render_html(report),
         "table.csv": "",
@@ -156,8 +156,12 @@ def _further_files(folder: Path) -> list[str]:
 
 
 def check_folder(folder: Path, *, force: bool = False, beside: Iterable[str] = ()) -> None:
-    """Raise OutputExistsError if no report, with files ``beside`` it, could be written to the folder."""
-    present = [name for name in (*REPORT_FILES, *beside) if (folder / name).exists()]
+    """Raise OutputExistsError if no report, with files ``beside`` it, could be written to the folder.
+
+    Which tables a report has is known only after the work, so that any file named like one counts.
+    """
+    tables = sorted(path.name for path in folder.glob("table-*.csv")) if folder.is_dir() else []
+    present = [*(name for name in (*REPORT_FILES, *beside) if (folder / name).exists()), *tables]
     if (present and not force) or folder.is_file():
         raise OutputExistsError(
             f"{folder} already holds {', '.join(present) or 'other data'}; expected a folder without a report. "

@@ -264,9 +264,9 @@ def test_only_files_of_the_report_that_is_replaced_go(tmp_path: Path) -> None:
     report = Report("t", "s", tables=[TABLE, TABLE])
     (tmp_path / "table-overlap.csv").write_text("mine")
     with pytest.raises(OutputExistsError, match=r"already holds table-overlap\.csv"):
-        write_report(report, tmp_path, result={})
+        check_folder(tmp_path)  # before the work
     (tmp_path / "table-overlap.csv").rename(tmp_path / "table-mine.csv")
-    write_report(report, tmp_path, result={}, beside={"worklist.csv": "row\n1\n"})
+    write_report(report, tmp_path, result={}, force=True, beside={"worklist.csv": "row\n1\n"})
     (tmp_path / "worklist.jsonl").write_text("mine")
     write_report(Report("t", "s"), tmp_path, result={}, force=True)
     assert {path.name for path in tmp_path.iterdir()} == {*REPORT_FILES, "table-mine.csv", "worklist.jsonl"}
