@@ -151,7 +151,7 @@ def table(case: str, python: str | None) -> dict[str, Any]:
     """The figures of a case: of each measure, and by how much the evidence is above it, with 95% intervals."""
     from forebear import QuerySpec, Retriever
     from forebear.evaluation.audits.rows.suspects import suspects
-    from forebear.evaluation.common.label_evidence.estimates import geometric_mean, out_of_fold
+    from forebear.evaluation.common.label_evidence.estimates import first_equal, geometric_mean, out_of_fold
 
     rows = pq.read_table(RUNS / case / "train.parquet")
     labels, truth = (np.asarray(rows[name]).astype(int) for name in ("label", "truth"))
@@ -170,7 +170,8 @@ def table(case: str, python: str | None) -> dict[str, Any]:
     if python:
         numbers = sorted({0, len(index.manifest.checkpoints) - 1})
         c = len(index.manifest.spec.label_names)
-        refits = [out_of_fold(index.features(number), index.live, labels, c) for number in numbers]
+        equal = first_equal(index, index.live)
+        refits = [out_of_fold(index.features(number), index.live, labels, c, equal=equal) for number in numbers]
         ways |= by_cleanlab(python, labels, geometric_mean(refits))
     rng = np.random.default_rng(0)
     kinds = (np.flatnonzero(wrong), np.flatnonzero(~wrong))

@@ -155,11 +155,18 @@ def artifact_list(found: ArtifactRegression, feature: Feature, values: np.ndarra
 
 
 def suspects_list(suspected: Suspects, index: Index, opponents: np.ndarray) -> WorkList:
-    """The rows whose ``opponents``, ``(m, <= CONTRADICTING)``, are given as a work list: the first m suspects."""
+    """The rows whose ``opponents``, ``(m, <= CONTRADICTING)``, are given as a work list: the first m suspects.
+
+    An estimated probability is among the evidence; the item's own is one that was measured.
+    """
     positions = suspected.order[: len(opponents)]
     rows, k = suspected.rows[positions], suspected.neighbours.shape[1]
     suggested = index.loss.texts(suspected.suggested[positions], index.manifest.spec.label_names)
-    figures = dict(zip(suspected.names, suspected.values[:, positions], strict=True))
+    chances = None if suspected.probability is None else suspected.probability[positions]
+    is_measured = suspected.planted is not None
+    figures = {} if chances is None or is_measured else {suspected.chance: chances}
+    figures |= {"mean rank": suspected.combined[positions]}
+    figures |= dict(zip(suspected.names, suspected.values[:, positions], strict=True))
     n_against = suspected.doubts.contradicting[positions].sum(axis=1)
     reasons = [
         f"the model predicts {prediction}; {n} of the {k} nearest rows contradict the label"
@@ -178,7 +185,7 @@ def suspects_list(suspected: Suspects, index: Index, opponents: np.ndarray) -> W
         rows,
         reasons,
         suggested=suggested,
-        evidence={"mean rank": suspected.combined[positions], **figures},
+        evidence=figures,
         contradicting=[list(dict.fromkeys(some)) for some in against],
-        probabilities=None if suspected.probability is None else suspected.probability[positions],
+        probabilities=chances if is_measured else None,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 
 from forebear.errors import InputError
@@ -69,6 +71,18 @@ def nearest_rows(
             similarities, candidates, k, largest=True
         )
     return neighbours, cosines
+
+
+def nearest_up_to(models: Models, rows: np.ndarray, k: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ``most`` nearest other live rows of each row, or all others; but k of them, if k is more or FAISS has fewer.
+
+    As :func:`nearest_rows`, by features; it refuses a k that is out of range, never what was not asked for.
+    """
+    width = min(most, len(models.index.live) - 1)
+    if 1 <= k < width:
+        with suppress(InputError):
+            return nearest_rows(models, rows, width)
+    return nearest_rows(models, rows, k)
 
 
 def label_disagreement(labels: np.ndarray, rows: np.ndarray, neighbours: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ import numpy as np
 from forebear.errors import DataError, InputError, MismatchError
 from forebear.evaluation.common.comparisons import listed_values, provenance
 from forebear.evaluation.common.label_evidence.evidence import EVIDENCE, VOTERS, label_evidence
-from forebear.evaluation.common.neighbours import label_disagreement, nearest_rows
+from forebear.evaluation.common.neighbours import label_disagreement, nearest_up_to
 from forebear.evaluation.common.passages import row_passages
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Report, Table
@@ -239,12 +239,11 @@ def mislabelled(
     values = {name: influences[live] for name, influences in self_influence(question).items()}
     values[LOSS] = index.losses[live].astype(np.float64)
     has_one_label = index.loss.problem_type == SINGLE_LABEL
-    width = max(n_neighbours, min(VOTERS, len(live) - 1)) if has_one_label else n_neighbours
-    near, cosines = nearest_rows(retriever.models, live, width)
+    near, cosines = nearest_up_to(retriever.models, live, n_neighbours, VOTERS if has_one_label else 0)
     values[NEIGHBOURS] = label_disagreement(index.labels, live, near[:, :n_neighbours])
     if has_one_label:
         evidence = label_evidence(index, live, near[:, :VOTERS], cosines[:, :VOTERS])
-        values |= {**evidence.measures, EVIDENCE: evidence.estimated}
+        values |= {**evidence.measures, EVIDENCE: evidence.suspicion}
     return Mislabelled(
         names=tuple(values),
         values=np.stack(list(values.values())),

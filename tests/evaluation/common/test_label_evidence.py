@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ import torch
 import transformers
 from scipy import stats
 
-from forebear import InputError
+from forebear import InputError, QuerySpec
 from forebear.cli.main import run
+from forebear.evaluation.audits.rows.suspects import opponents_of, suspects, suspects_report
+from forebear.evaluation.audits.work_lists import suspects_list
+from forebear.evaluation.common import neighbours
 from forebear.evaluation.common.label_evidence import estimates
 from forebear.evaluation.common.label_evidence.evidence import (
     VOTERS,
@@ -22,7 +26,8 @@ from forebear.evaluation.common.label_evidence.evidence import (
     written_labels,
 )
 from forebear.evaluation.common.label_evidence.planted import calibrated
-from forebear.evaluation.common.neighbours import nearest_rows
+from forebear.evaluation.common.neighbours import nearest_rows, nearest_up_to
+from forebear.indexer.losses.cross_entropy import CrossEntropy
 
 
 class Rows:
@@ -33,6 +38,23 @@ class Rows:
 
     def take(self, rows):
         return self.features[rows].astype(np.float32)
+
+
+def stored(features, labels, logits, texts=None, loss=None):
+    """What the evidence reads of an index of one checkpoint and two labels."""
+    loss = loss or CrossEntropy()
+    residuals, _ = loss.residual_and_loss(logits, labels)
+    spec = SimpleNamespace(label_names=("no", "yes"))
+    return SimpleNamespace(
+        labels=labels, loss=loss, residuals=lambda *_: Rows(residuals), features=lambda *_: Rows(features),
+        manifest=SimpleNamespace(spec=spec, checkpoints=(None,), without_texts=texts is None),
+        text_lists=lambda rows: [[texts[row] for row in rows]],
+    )  # fmt: skip
+
+
+def ring(n, k):
+    """The next k rows of each row, and cosines that fall."""
+    return (np.arange(n)[:, None] + np.arange(1, k + 1)) % n, np.tile(np.linspace(0.9, 0.5, k), (n, 1))
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +185,13 @@ def test_written_labels_and_chances_are_those_of_slow_loops():
 
 def test_shifted_probabilities_have_the_mean_and_the_order():
     chances = np.array([0.9, 0.2, 0.01, 1e-9, 0.5])
-    found = with_mean(chances, 0.15)
+    found = with_mean(np.log(chances / (1 - chances)), 0.15)
     assert found.mean() == pytest.approx(0.15)
     assert np.argsort(found).tolist() == np.argsort(chances).tolist()
     odds = found / (1 - found) * (1 - chances) / chances
     np.testing.assert_allclose(odds, odds[0], rtol=1e-6)
-    assert with_mean(chances, 0.0).tolist() == [0.0] * 5
+    for mean in (1e-9, 1 - 1e-9):
+        assert with_mean(np.array([-30.0, 0.0, 30.0]), mean).mean() == pytest.approx(mean, rel=1e-4)
 
 
 def test_measured_probabilities_are_those_of_a_known_mixture():
@@ -176,7 +199,7 @@ def test_measured_probabilities_are_those_of_a_known_mixture():
     rng = np.random.default_rng(7)
     wrong, planted = np.arange(6000) < 900, np.arange(6000) >= 5500
     logits = rng.normal(np.where(wrong | planted, 1.0, -2.0), 1.0)
-    estimated = with_mean(1 / (1 + np.exp(-logits)), 1400 / 6000)
+    estimated = with_mean(logits, 1400 / 6000)
     found = calibrated(estimated, planted)
     assert (found[planted] == 1).all()
     of_wrong, of_right = (stats.norm.pdf(logits, mean) for mean in (1, -2))
@@ -197,3 +220,81 @@ def test_planted_rows_are_known_and_not_listed(bert_world, tmp_path, capsys):
     (tmp_path / "planted.txt").write_text("3\n")
     assert run([*args, "--planted", str(tmp_path / "planted.txt")]) == 2
     assert "1 of 60 rows are planted; expected at least 20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n_yes", [30, 0])
+def test_the_order_stays_where_no_label_seems_wrong(n_yes):
+    """Two groups of rows far apart, or rows of one label: the row that the checkpoint believes least stands first."""
+    rng = np.random.default_rng(8)
+    labels = np.repeat([0, 1], [60 - n_yes, n_yes])
+    sure = rng.permutation(np.linspace(0.5, 6, 60))
+    logits = np.stack([-sure, sure], axis=1) * np.where(labels, 1, -1)[:, None]
+    index = stored(rng.normal(size=(60, 3)) + 9 * labels[:, None], labels, logits)
+    found = label_evidence(index, np.arange(60), np.arange(60)[:, None], np.zeros((60, 1)))
+    assert found.estimated.mean() == pytest.approx(0.5 / 60)
+    assert np.argmax(found.suspicion) == np.argmax(found.estimated) == np.argmin(sure)
+    assert stats.spearmanr(found.suspicion, -sure).statistic > 0.9
+    if not n_yes:
+        assert np.argsort(-found.suspicion).tolist() == np.argsort(sure).tolist()
+
+
+def test_checkpoint_probabilities_are_the_softmax_whatever_the_loss():
+    rng = np.random.default_rng(9)
+    logits, labels = rng.normal(size=(8, 2)) * 2, np.arange(8) % 2
+    truth = torch.from_numpy(logits).softmax(1).numpy()
+    for loss in (CrossEntropy(), CrossEntropy(class_weights=(0.5, 3.0), label_smoothing=0.2)):
+        found = estimates.checkpoint_probabilities(stored(logits, labels, logits, loss=loss), np.arange(8), 0)
+        np.testing.assert_allclose(found, truth, atol=1e-6)
+
+
+def test_equal_texts_share_a_fold_and_have_no_vote():
+    rng = np.random.default_rng(10)
+    labels, features = np.arange(40) % 2, rng.normal(size=(40, 3))
+    features[1::4] = features[::4]
+    texts = [str(i) for i in range(40)]
+    texts[1::4] = texts[::4]
+    index, rows = stored(features, labels, rng.normal(size=(40, 2)), texts), np.arange(40)
+    equal = estimates.first_equal(index, rows)
+    assert equal.tolist() == [texts.index(text) for text in texts]
+    index.manifest.without_texts = True
+    assert estimates.first_equal(index, rows).tolist() == equal.tolist()
+    folds = estimates.folds_of(labels, np.random.default_rng(0), equal)
+    assert (folds[1::4] == folds[::4]).all()
+    assert len(np.unique(folds)) == estimates.FOLDS
+    near, cosines = ring(40, 5)
+    found = label_evidence(index, rows, near, cosines).measures["votes"]
+    cosines[::4, 0] = 0  # the next row has the same text
+    np.testing.assert_allclose(label_evidence(index, rows, near, cosines).measures["votes"], found)
+
+
+def test_fewer_rows_vote_where_so_many_are_not_found(bert_world, monkeypatch):
+    def at_most_twelve(models, rows, k):
+        if k > 12:
+            raise InputError(f"--neighbours {k}: FAISS visits fewer rows than that for some. Give fewer.")
+        return nearest_rows(models, rows, k)
+
+    models, rows = bert_world.retriever.models, bert_world.index.live
+    wanted = nearest_rows(models, rows, 10)[0]
+    assert nearest_up_to(models, rows, 10, VOTERS)[0].shape == (60, VOTERS)
+    monkeypatch.setattr(neighbours, "nearest_rows", at_most_twelve)
+    np.testing.assert_array_equal(nearest_up_to(models, rows, 10, VOTERS)[0], wanted)
+    with pytest.raises(InputError, match="--neighbours 13"):
+        nearest_up_to(models, rows, 13, VOTERS)
+
+
+def test_a_work_list_has_the_probabilities_that_were_measured_alone(bert_world):
+    retriever, spec = bert_world.retriever, QuerySpec(methods=("gd",))
+    for planted in (None, np.arange(60) < 24):
+        found = suspects(retriever, spec, planted=planted)
+        first = found.order[:5]
+        listed = suspects_list(found, retriever.index, opponents_of(retriever, spec, found.rows[first])[0])
+        chances = found.probability[first].tolist()
+        page, result = suspects_report(found, retriever, spec, 5, "here")
+        if planted is None:
+            assert [one.probability for one in listed] == [None] * 5
+            assert [one.evidence["estimated probability"] for one in listed] == chances
+            assert "estimated probability" in page.tables[0].columns
+            assert "probability" not in {*page.tables[0].columns, *result}
+        else:
+            assert [one.probability for one in listed] == chances
+            assert "estimated probability" not in {*listed.figures, *page.tables[0].columns}

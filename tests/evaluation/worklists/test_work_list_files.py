@@ -173,7 +173,8 @@ def test_audit_mislabelled_writes_its_list_beside_the_page(bert_world, tmp_path)
         place = found.result["rows"].tolist().index(one.row)
         assert one.suggested == found.result["suggested"][place]
         assert one.evidence["mean rank"] == found.result["mean_rank"][place]
-        assert one.probability == found.result["probability"][place]
+        assert one.evidence["estimated probability"] == found.result["estimated_probability"][place]
+        assert one.probability is None
     with pytest.raises(InputError, match="already holds"):
         found.write(tmp_path / "report")
     assert read_work_list(tmp_path / "report") == found.work_list

@@ -26,11 +26,11 @@ from forebear.cli.screen.lists import for_screen
 
 MISLABELLED_HELP = """Which training rows may be labelled wrongly? A ranked list, with the rows that contradict each.
 
-Ordered by the probability that the label is wrong: by the model's checkpoints, by heads refitted without the row, by
-the nearest rows, and by how often each label is written for each other. (Several labels or numbers a row: by the mean
-of their ranks by influence on itself, loss and neighbours.) No true label is needed. The probability is estimated;
-where you made some labels wrong before the training (--planted), it is measured on them. Where true labels are known,
-`forebear evaluate mislabelled` says how well this works.
+Ordered by an estimate of how probably the label is wrong: by the model's checkpoints, by heads refitted without the
+row, by the nearest rows, and by how often each label is written for each other. (Several labels or numbers a row: by
+the mean of their ranks by influence on itself, loss and neighbours.) No true label is needed. Where you made some
+labels wrong before the training (--planted), probabilities are measured on them; the order stays that of the estimate.
+Where true labels are known, `forebear evaluate mislabelled` says how well this works.
 
 Examples:
 
@@ -112,7 +112,7 @@ def mislabelled(
     """List the training rows that may be labelled wrongly."""
     from forebear.evaluation.python.audits import suspects
 
-    shown = partial(for_screen, ("row", "probability", "mean rank", "label", "suggested"))
+    shown = partial(for_screen, ("row", "estimated probability", "probability", "mean rank", "label", "suggested"))
     own = {"n_listed": n_listed, "n_neighbours": n_neighbours, "group_by": group_by, "planted": planted}
     report.call(suspects, index.open(), question, shown=shown, methods=methods, **own)
 

@@ -2,8 +2,8 @@
 
 Measures: influence on itself (||g||^2 for ``gd``, <H^-1 g, g> for ``if``), the loss, the disagreement of neighbours
 (share of the k nearest rows, by cosine of the features, with another label); of one label a row also those of
-:mod:`forebear.evaluation.common.label_evidence.evidence`, whose probability of a wrong label orders the list. Several
-labels or numbers a row are ordered by the mean of their ranks by the measures, 1 the most suspicious.
+:mod:`forebear.evaluation.common.label_evidence.evidence`, whose estimate that the label is wrong orders the list.
+Several labels or numbers a row are ordered by the mean of their ranks by the measures, 1 the most suspicious.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from forebear.evaluation.audits.rows.doubts import Doubts, doubts
 from forebear.evaluation.common.comparisons import listed_values, matrix_figure, provenance, question_record, spearman
 from forebear.evaluation.common.label_evidence.evidence import VOTERS, label_evidence
 from forebear.evaluation.common.label_evidence.planted import calibrated
-from forebear.evaluation.common.neighbours import label_disagreement, nearest_rows
+from forebear.evaluation.common.neighbours import label_disagreement, nearest_up_to
 from forebear.evaluation.common.passages import NO_LABEL, row_cells, row_passages
 from forebear.evaluation.measures.mislabelled import LOSS, NEIGHBOURS, approximations, note_on, self_influence
 from forebear.evaluation.reports.report import Cell, Group, Report, Table
@@ -47,8 +47,8 @@ class Suspects:
         ranks: ``(m, n)``, 1 the most suspicious; equal values share their mean rank.
         neighbours: The k nearest other rows, nearest first, ``(n, k)``.
         doubts: What speaks against each row's label, and what is suggested instead.
-        suspicion: The logit of the estimated probability that each row's label is wrong, ``(n,)``; None for several
-            labels or numbers a row.
+        suspicion: The logit of the chance that each row's label is wrong, by all evidence, ``(n,)``, by which rows are
+            ordered; None for several labels or numbers a row.
         probability: The probability itself, likewise: the estimated one, or measured where rows were planted.
         written: How often each true label, a line, is written as each label, ``(c, c)``, likewise.
         planted: Whether each row's label was made wrong on purpose, ``(n,)`` bool, where probabilities were measured on
@@ -73,8 +73,13 @@ class Suspects:
 
     @property
     def suggested(self) -> np.ndarray:
-        """Suggested label; see :class:`Doubts`."""
+        """Suggested label, of one label a row by all evidence; see :class:`Doubts`."""
         return self.doubts.suggested
+
+    @property
+    def chance(self) -> str:
+        """What the probability is called: an estimate is no probability that was measured."""
+        return "estimated probability" if self.planted is None else "probability"
 
     @property
     def combined(self) -> np.ndarray:
@@ -83,7 +88,10 @@ class Suspects:
 
     @property
     def order(self) -> np.ndarray:
-        """Positions of the rows, the most suspicious first, none that was planted; ties go to the lower row number."""
+        """Positions of the rows, the most suspicious first, none that was planted; ties go to the lower row number.
+
+        By the suspicion, also where probabilities were measured; without one by the mean rank.
+        """
         order = np.argsort(self.combined if self.suspicion is None else -self.suspicion, kind="stable")
         return order if self.planted is None else order[~self.planted[order]]
 
@@ -104,7 +112,6 @@ def suspects(
         InputError: A method's self-influence is not stored, or there are not as many neighbours; or too few rows are
             planted, or rows do not have one label each.
     """
-    from scipy.special import logit
     from scipy.stats import rankdata
 
     question = retriever.resolve(spec)
@@ -112,8 +119,7 @@ def suspects(
     live, labels = index.live, index.labels
     values = {name: influences[live] for name, influences in self_influence(question).items()}
     has_one_label = index.loss.problem_type == SINGLE_LABEL
-    width = max(n_neighbours, min(VOTERS, len(live) - 1)) if has_one_label else n_neighbours
-    near, cosines = nearest_rows(retriever.models, live, width)
+    near, cosines = nearest_up_to(retriever.models, live, n_neighbours, VOTERS if has_one_label else 0)
     neighbours = near[:, :n_neighbours]
     values[LOSS] = index.losses[live].astype(np.float64)
     values[NEIGHBOURS] = label_disagreement(labels, live, neighbours)
@@ -122,7 +128,7 @@ def suspects(
     if has_one_label:
         evidence = label_evidence(index, live, near[:, :VOTERS], cosines[:, :VOTERS])
         values |= evidence.measures
-        suspicion, probability = logit(evidence.estimated), evidence.estimated
+        suspicion, probability = evidence.suspicion, evidence.estimated
         if planted is not None:
             planted = planted[live]
             probability = calibrated(evidence.estimated, planted)
@@ -225,7 +231,7 @@ def suspects_report(
     given = row_cells(retriever.index, suspected.rows[positions])
     lines = [_line(suspected, retriever.index, int(p), opponents[i]) for i, p in enumerate(positions)]
     several = suspected.doubts.doubted is not None
-    chance = [] if suspected.probability is None else ["probability"]
+    chance = [] if suspected.probability is None else [suspected.chance]
     head = ["row", *chance, "mean rank", "label", *(["doubted"] if several else []), "suggested", "prediction"]
     head += ["neighbours' majority", *suspected.names]
     table = Table(
@@ -250,17 +256,18 @@ def suspects_report(
     report = Report(
         "Suspected wrong labels",
         f"Row {suspected.rows[positions[0]]} is the most suspicious of {n:,}. {_expected(suspected)}"
-        f"{_found(wrong, len(positions), retriever.index)} {note_on(approximate)}".rstrip(),
+        f"{_found(suspected, wrong, len(positions), retriever.index)} {note_on(approximate)}".rstrip(),
         (table, *by_group),
         (figure,),
         tuple(_group(suspected, retriever, int(p), opponents[i], i) for i, p in enumerate(positions[:SHOWN_ROWS])),
         provenance(retriever, spec, command, rows=n, neighbours=suspected.neighbours.shape[1]),
     )
+    chance_key = suspected.chance.replace(" ", "_")
     result = {
         "question": question_record(retriever, spec),
         "rows": suspected.rows,
         "mean_rank": suspected.combined,
-        **({} if suspected.probability is None else {"probability": listed_values(suspected.probability)}),
+        **({} if suspected.probability is None else {chance_key: listed_values(suspected.probability)}),
         **({} if suspected.written is None else {"written": suspected.written}),
         "values": {name: listed_values(values) for name, values in zip(suspected.names, suspected.values, strict=True)},
         **({"self_influence": approximate} if approximate else {}),
@@ -284,22 +291,23 @@ def _expected(suspected: Suspects) -> str:
     if suspected.probability is None:
         return ""
     if suspected.planted is None:
-        share, how = suspected.probability.mean(), "by confident refitted heads"
-    else:
-        share, how = (
-            suspected.probability[~suspected.planted].mean(),
-            f"as {suspected.planted.sum():,} planted flips say",
+        return (
+            f"By estimate {suspected.probability.mean():.1%} of the labels are wrong; of people's errors such an "
+            "estimate has found several times too few. "
         )
-    return f"About {share:.1%} of the labels are wrong, {how}. "
+    return (
+        f"By estimate {suspected.probability[~suspected.planted].mean():.1%} of the labels that were not planted are "
+        f"wrong; which ones is measured on {suspected.planted.sum():,} planted flips. "
+    )
 
 
 def _order(suspected: Suspects) -> str:
     if suspected.probability is None:
         return "mean rank."
-    measured = "estimated" if suspected.planted is None else "measured on planted flips"
+    measured = "" if suspected.planted is None else " The probability shown is measured on planted flips."
     return (
-        f"the probability that the label is wrong, {measured}: by Bayes' rule from the model's checkpoints, refitted "
-        "heads, the nearest rows, and how often each label is written for each other."
+        "the estimated probability that the label is wrong: by Bayes' rule from the model's checkpoints, refitted "
+        f"heads, the nearest rows, and how often each label is written for each other.{measured}"
     )
 
 
@@ -309,11 +317,14 @@ def contradicting_neighbours(suspected: Suspects, position: int) -> np.ndarray:
     return np.asarray(near[suspected.doubts.contradicting[position]][:CONTRADICTING])
 
 
-def _found(wrong: int, n: int, index: Index) -> str:
+def _found(suspected: Suspects, wrong: int, n: int, index: Index) -> str:
     """How many of the first ``n`` rows have another label suggested; of numbers every row has."""
     if index.loss.problem_type == REGRESSION:
         return ""
-    return f"Of the first {n:,}, {wrong:,} have another label by the model or by most of their neighbours."
+    by = "by the model or by most of their neighbours"
+    if suspected.suspicion is not None:
+        by = "by the model, by most of their neighbours or by all evidence"
+    return f"Of the first {n:,}, {wrong:,} have another label {by}."
 
 
 def _suggestion(suspected: Suspects, index: Index) -> str:
@@ -365,5 +376,7 @@ def _group(suspected: Suspects, retriever: Retriever, position: int, opponents: 
         retriever, [number for _, number in numbered], [f"{kind} · row {number}" for kind, number in numbered]
     )
     heading = f"mean rank {suspected.combined[position]:.1f} · row {row}"
+    if suspected.probability is not None:
+        heading = f"{suspected.chance} {suspected.probability[position]:.2f} · row {row}"
     (query,) = row_passages(retriever, [row], [heading], notes=[hint])
     return Group(f"{rank + 1}. Row {row}, labelled {index.label_texts(np.array([row]))[0]}", passages, query=query)

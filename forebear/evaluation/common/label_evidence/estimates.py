@@ -1,11 +1,14 @@
 """Estimates of which label a row should have: by the run's checkpoints, by refitted heads, by the nearest rows.
 
 Each is a table of probabilities, ``(n, c)``, one row of the index a line. A probability counts as at least ``FLOOR``,
-so that no estimate alone decides.
+so that no estimate alone decides. The encoder was trained on the labels of all rows: a refitted head has not seen the
+row's label, its features have.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,17 +25,40 @@ _BLOCK_ROWS = 8192
 
 
 def checkpoint_probabilities(index: Index, rows: np.ndarray, checkpoint: int) -> np.ndarray:
-    """The probabilities that the model gave at a checkpoint, ``(n, c)``: p = (p - y) + y."""
-    labels = index.labels[rows]
-    found = index.residuals(checkpoint).take(rows).astype(np.float64)
-    found[np.arange(len(rows)), labels] += 1
-    return np.maximum(found, FLOOR)
+    """The probabilities that the model gave at a checkpoint, ``(n, c)``, whatever weights or smoothing its loss has."""
+    found = index.loss.outputs_of_residuals(index.residuals(checkpoint).take(rows), index.labels[rows])
+    return np.asarray(np.maximum(found, FLOOR))
 
 
-def out_of_fold(features: RowMatrix, rows: np.ndarray, labels: np.ndarray, n_classes: int, seed: int = 0) -> np.ndarray:
+def first_equal(index: Index, rows: np.ndarray) -> np.ndarray:
+    """For each row the position of the first one with the same texts, ``(n,)``.
+
+    Where the index holds no texts: with the same features at the last checkpoint, to the bit.
+    """
+    digests = np.empty(len(rows), "S16")
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        block = rows[start : start + _BLOCK_ROWS]
+        if index.manifest.without_texts:
+            contents = [row.tobytes() for row in index.features().take(block)]
+        else:
+            contents = [json.dumps(texts).encode() for texts in zip(*index.text_lists(block), strict=True)]
+        digests[start : start + len(block)] = [hashlib.blake2b(one, digest_size=16).digest() for one in contents]
+    _, firsts, kinds = np.unique(digests, return_index=True, return_inverse=True)
+    return np.asarray(firsts[kinds])
+
+
+def out_of_fold(
+    features: RowMatrix,
+    rows: np.ndarray,
+    labels: np.ndarray,
+    n_classes: int,
+    seed: int = 0,
+    equal: np.ndarray | None = None,
+) -> np.ndarray:
     """Probabilities by heads that were refitted without the row, ``(n, c)``: logistic regressions in ``FOLDS`` folds.
 
-    Features are standardised. Folds are drawn within the labels. Where the other folds lack a label, it has ``FLOOR``.
+    Features are standardised. Folds are drawn within the labels, rows of equal texts into one fold. Where the other
+    folds lack a label, it has ``FLOOR``.
 
     Args:
         features: Features of a checkpoint, by row number.
@@ -40,15 +66,18 @@ def out_of_fold(features: RowMatrix, rows: np.ndarray, labels: np.ndarray, n_cla
         labels: Their labels, ``(n,)``.
         n_classes: Number of labels.
         seed: Of the folds, and of the rows that are fitted where there are more than ``MOST_FITTED``.
+        equal: Position of the first row with the same texts, ``(n,)``, of :func:`first_equal`; None: no two are equal.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     rng = np.random.default_rng(seed)
-    folds, found = folds_of(labels, rng), np.full((len(rows), n_classes), FLOOR)
+    folds, found = folds_of(labels, rng, equal), np.full((len(rows), n_classes), FLOOR)
     for fold in range(FOLDS):
         held, others = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
+        if not len(held):
+            continue
         if len(others) > MOST_FITTED:
             others = np.sort(rng.choice(others, MOST_FITTED, replace=False))
         present = np.unique(labels[others])
@@ -65,13 +94,18 @@ def out_of_fold(features: RowMatrix, rows: np.ndarray, labels: np.ndarray, n_cla
     return found
 
 
-def folds_of(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A fold of each row, ``(n,)``: the rows of a label are dealt in random order, each label from another fold on."""
+def folds_of(labels: np.ndarray, rng: np.random.Generator, equal: np.ndarray | None = None) -> np.ndarray:
+    """A fold of each row, ``(n,)``: the rows of a label are dealt in random order, each label from another fold on.
+
+    Of equal rows the first one is dealt, by its label; the others go with it.
+    """
+    equal = np.arange(len(labels)) if equal is None else equal
+    firsts = np.unique(equal)
     folds = np.empty(len(labels), int)
-    for number, label in enumerate(np.unique(labels)):
-        own = rng.permutation(np.flatnonzero(labels == label))
+    for number, label in enumerate(np.unique(labels[firsts])):
+        own = rng.permutation(firsts[labels[firsts] == label])
         folds[own] = (np.arange(len(own)) + number) % FOLDS
-    return folds
+    return np.asarray(folds[equal])
 
 
 def votes(labels: np.ndarray, trust: np.ndarray, cosines: np.ndarray, n_classes: int) -> np.ndarray:
@@ -81,7 +115,7 @@ def votes(labels: np.ndarray, trust: np.ndarray, cosines: np.ndarray, n_classes:
 
     Args:
         labels: Label of each neighbour, ``(n, k)``.
-        trust: Probability of each neighbour's own label by refitted heads, ``(n, k)``.
+        trust: Probability of each neighbour's own label by refitted heads, ``(n, k)``; 0: it has no vote.
         cosines: Cosines of their features with the row's, ``(n, k)``.
         n_classes: Number of labels.
     """

@@ -2,8 +2,9 @@
 
 The estimates by checkpoints, by refitted heads and by the nearest rows are multiplied (their geometric mean), and by
 Bayes' rule with how often each label is written for each other they give the chance that another label is the true one.
-How often labels are written for each other is counted where the refitted heads are confident, as confident learning
-does (Northcutt et al. 2021).
+Its logit orders the rows. How often labels are written for each other is counted where the refitted heads are
+confident, as confident learning does (Northcutt et al. 2021). Rows of equal texts neither vote for each other nor fit
+the heads that judge them; but the encoder, whose features all of this reads, was trained on every label.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from forebear.evaluation.common.label_evidence.estimates import (
     checkpoint_probabilities,
+    first_equal,
     geometric_mean,
     margin,
     out_of_fold,
@@ -24,6 +26,8 @@ from forebear.evaluation.common.label_evidence.estimates import (
 from forebear.indexer.index import Index
 
 VOTERS = 30  # nearest rows that vote for a label
+LEAST_CHANCE = 1e-12
+ROUNDING = 1e-12
 MEAN_PROBABILITY, MARGIN, OUT_OF_FOLD, VOTES = "mean probability", "margin", "out-of-fold", "votes"
 EVIDENCE = "evidence"
 
@@ -39,13 +43,16 @@ class LabelEvidence:
         chances: The chance of each label to be the true one, ``(n, c)``.
         written: How often each true label, a line, is written as each label, ``(c, c)``.
         suggested: The likeliest other label of each row, ``(n,)``.
-        estimated: Estimated probability that the own label is wrong, ``(n,)``.
+        suspicion: Logit of the chance that another label than the own one is true, ``(n,)``: what rows are ordered by.
+        estimated: Estimated probability that the own label is wrong, ``(n,)``: in the same order, its mean the share of
+            rows that confident heads give another label.
     """
 
     measures: Mapping[str, np.ndarray]
     chances: np.ndarray
     written: np.ndarray
     suggested: np.ndarray
+    suspicion: np.ndarray
     estimated: np.ndarray
 
 
@@ -61,10 +68,11 @@ def label_evidence(index: Index, rows: np.ndarray, neighbours: np.ndarray, cosin
     labels, c = index.labels[rows], len(index.manifest.spec.label_names)
     last = len(index.manifest.checkpoints) - 1
     models = [checkpoint_probabilities(index, rows, number) for number in range(last + 1)]
-    refits = [out_of_fold(index.features(number), rows, labels, c) for number in sorted({0, last})]
+    equal = first_equal(index, rows)
+    refits = [out_of_fold(index.features(number), rows, labels, c, equal=equal) for number in sorted({0, last})]
     refitted = geometric_mean(refits)
     at = np.searchsorted(rows, neighbours)
-    trust = own_probability(refitted, labels)[at]
+    trust = np.where(equal[at] == equal[:, None], 0.0, own_probability(refitted, labels)[at])
     voted = votes(labels[at], trust, cosines, c)
     measures = {
         MEAN_PROBABILITY: 1 - np.mean([own_probability(model, labels) for model in models], axis=0),
@@ -75,13 +83,15 @@ def label_evidence(index: Index, rows: np.ndarray, neighbours: np.ndarray, cosin
     written, share = written_labels(refitted, labels)
     chances = chances_of(geometric_mean([geometric_mean(models), refitted, voted]), labels, written)
     others = chances.copy()
-    others[np.arange(len(rows)), labels] = -1
+    others[np.arange(len(rows)), labels] = 0
+    suspicion = np.log(np.maximum(others.sum(axis=1), LEAST_CHANCE)) - np.log(own_probability(chances, labels))
     return LabelEvidence(
         measures=measures,
         chances=chances,
         written=written,
         suggested=others.argmax(axis=1),
-        estimated=with_mean(others.clip(0).sum(axis=1), share),
+        suspicion=suspicion,
+        estimated=with_mean(suspicion, share),
     )
 
 
@@ -92,20 +102,22 @@ def written_labels(estimate: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
     written; a row with none does not count. Each pair of labels counts once more, so that none is impossible.
 
     Args:
-        estimate: Probabilities by heads that have not seen the row's label, ``(n, c)``.
+        estimate: Probabilities by heads that were refitted without the row, ``(n, c)``.
         labels: Labels, ``(n,)``.
 
     Returns:
-        Shares ``(c, c)``, a line for each true label, which sums to 1; and the share of the rows that count.
+        Shares ``(c, c)``, a line for each true label, which sums to 1; and the share of the rows that count, of
+        n rows at least .5 / n and at most 1 - .5 / n.
     """
     c = estimate.shape[1]
     least = np.array([estimate[labels == k, k].mean() if (labels == k).any() else np.inf for k in range(c)])
-    confident = estimate >= least
+    confident = estimate >= least - ROUNDING  # the mean of equal numbers may be above them
     counts, some = np.zeros((c, c)), confident.any(axis=1)
     np.add.at(counts, (np.where(confident, estimate, 0).argmax(axis=1)[some], labels[some]), 1)
-    share = 1 - np.trace(counts) / max(counts.sum(), 1)
+    share = (counts.sum() - np.trace(counts)) / max(counts.sum(), 1)
+    half = 0.5 / len(labels)
     counts += 1
-    return counts / counts.sum(axis=1, keepdims=True), float(share)
+    return counts / counts.sum(axis=1, keepdims=True), float(np.clip(share, half, 1 - half))
 
 
 def chances_of(estimate: np.ndarray, labels: np.ndarray, written: np.ndarray) -> np.ndarray:
@@ -114,12 +126,12 @@ def chances_of(estimate: np.ndarray, labels: np.ndarray, written: np.ndarray) ->
     return np.asarray(found / found.sum(axis=1, keepdims=True))
 
 
-def with_mean(chances: np.ndarray, mean: float) -> np.ndarray:
-    """Probabilities of the same order whose mean is given, ``(n,)``: all logits are shifted by one number."""
+def with_mean(logits: np.ndarray, mean: float) -> np.ndarray:
+    """Probabilities whose mean is given, above 0 and below 1, ``(n,)``: all logits are shifted by one number."""
     from scipy.optimize import brentq
-    from scipy.special import expit, logit
+    from scipy.special import expit
 
-    if not 0 < mean < 1:
-        return np.full(len(chances), float(mean))
-    logits = logit(np.clip(chances, 1e-12, 1 - 1e-12))
-    return np.asarray(expit(logits + brentq(lambda shift: expit(logits + shift).mean() - mean, -60, 60)))
+    # Each probability is above the mean where all logits are shifted above its logit, and below likewise.
+    least, most = np.log(mean / (1 - mean)) - np.array([logits.max(), logits.min()])
+    shift = brentq(lambda shift: expit(logits + shift).mean() - mean, least - 1, most + 1)
+    return np.asarray(expit(logits + shift))
