@@ -35,6 +35,7 @@ class Rows:
 
     def __init__(self, features):
         self.features = features
+        self.width = features.shape[1]
 
     def take(self, rows):
         return self.features[rows].astype(np.float32)
@@ -280,6 +281,20 @@ def test_fewer_rows_vote_where_so_many_are_not_found(bert_world, monkeypatch):
     np.testing.assert_array_equal(nearest_up_to(models, rows, 10, VOTERS)[0], wanted)
     with pytest.raises(InputError, match="--neighbours 13"):
         nearest_up_to(models, rows, 13, VOTERS)
+
+
+def test_heads_of_too_many_labels_are_not_refitted_and_the_page_says_so(bert_world, monkeypatch):
+    retriever, spec = bert_world.retriever, QuerySpec(methods=("gd",))
+    width = retriever.index.features().width
+    assert estimates.can_refit(60, width, 2)
+    assert not estimates.can_refit(60, width, estimates.MOST_WORK)
+    monkeypatch.setattr(estimates, "MOST_WORK", 60 * width * 2 - 1)
+    monkeypatch.setattr(estimates, "out_of_fold", None)
+    found = suspects(retriever, spec)
+    assert "out-of-fold" not in found.names
+    assert {"mean probability", "votes"} < set(found.names)
+    assert np.isfinite(found.suspicion).all()
+    assert "Left out: refitted heads" in suspects_report(found, retriever, spec, 5, "here")[0].tables[0].note
 
 
 def test_a_work_list_has_the_probabilities_that_were_measured_alone(bert_world):

@@ -16,7 +16,7 @@ import numpy as np
 from forebear.errors import InputError
 from forebear.evaluation.audits.rows.doubts import Doubts, doubts
 from forebear.evaluation.common.comparisons import listed_values, matrix_figure, provenance, question_record, spearman
-from forebear.evaluation.common.label_evidence.evidence import VOTERS, label_evidence
+from forebear.evaluation.common.label_evidence.evidence import OUT_OF_FOLD, VOTERS, label_evidence
 from forebear.evaluation.common.label_evidence.planted import calibrated
 from forebear.evaluation.common.neighbours import label_disagreement, nearest_up_to
 from forebear.evaluation.common.passages import NO_LABEL, row_cells, row_passages
@@ -305,9 +305,12 @@ def _order(suspected: Suspects) -> str:
     if suspected.probability is None:
         return "mean rank."
     measured = "" if suspected.planted is None else " The probability shown is measured on planted flips."
+    refits, left_out = "refitted heads, ", ""
+    if OUT_OF_FOLD not in suspected.names:
+        refits, left_out = "", " Left out: refitted heads, which would take too long with so many labels."
     return (
-        "the estimated probability that the label is wrong: by Bayes' rule from the model's checkpoints, refitted "
-        f"heads, the nearest rows, and how often each label is written for each other.{measured}"
+        f"the estimated probability that the label is wrong: by Bayes' rule from the model's checkpoints, {refits}"
+        f"the nearest rows, and how often each label is written for each other.{measured}{left_out}"
     )
 
 

@@ -20,6 +20,7 @@ FLOOR = 1e-6
 FOLDS = 5
 PENALTY = 0.1  # of a refit: half of it times the squared weights stands beside the mean loss
 MOST_FITTED = 50_000  # rows a refit is fitted to
+MOST_WORK = 2_000_000_000  # rows that are fitted times features times labels: beyond, a refit takes too long
 _MOST_STEPS = 1000
 _BLOCK_ROWS = 8192
 
@@ -45,6 +46,11 @@ def first_equal(index: Index, rows: np.ndarray) -> np.ndarray:
         digests[start : start + len(block)] = [hashlib.blake2b(one, digest_size=16).digest() for one in contents]
     _, firsts, kinds = np.unique(digests, return_index=True, return_inverse=True)
     return np.asarray(firsts[kinds])
+
+
+def can_refit(n_rows: int, n_features: int, n_classes: int) -> bool:
+    """Whether heads are refitted to so much: with very many labels they would take hours."""
+    return min(n_rows, MOST_FITTED) * n_features * n_classes <= MOST_WORK
 
 
 def out_of_fold(

@@ -4,7 +4,8 @@ The estimates by checkpoints, by refitted heads and by the nearest rows are mult
 Bayes' rule with how often each label is written for each other they give the chance that another label is the true one.
 Its logit orders the rows. How often labels are written for each other is counted where the refitted heads are
 confident, as confident learning does (Northcutt et al. 2021). Rows of equal texts neither vote for each other nor fit
-the heads that judge them; but the encoder, whose features all of this reads, was trained on every label.
+the heads that judge them; but the encoder, whose features all of this reads, was trained on every label. Where heads
+have too many labels to be refitted, the checkpoints stand in for them, and there is no out-of-fold measure.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from forebear.evaluation.common.label_evidence.estimates import (
+    can_refit,
     checkpoint_probabilities,
     first_equal,
     geometric_mean,
@@ -39,7 +41,7 @@ class LabelEvidence:
     Attributes:
         measures: ``(n,)`` by name, larger: more suspicious. 1 minus the mean probability of the own label over the
             checkpoints; by how much another label's logit exceeds the own one's, in the mean over the checkpoints, and
-            out of fold; the share of the nearest rows' votes for other labels.
+            out of fold, where heads were refitted; the share of the nearest rows' votes for other labels.
         chances: The chance of each label to be the true one, ``(n, c)``.
         written: How often each true label, a line, is written as each label, ``(c, c)``.
         suggested: The likeliest other label of each row, ``(n,)``.
@@ -69,19 +71,23 @@ def label_evidence(index: Index, rows: np.ndarray, neighbours: np.ndarray, cosin
     last = len(index.manifest.checkpoints) - 1
     models = [checkpoint_probabilities(index, rows, number) for number in range(last + 1)]
     equal = first_equal(index, rows)
-    refits = [out_of_fold(index.features(number), rows, labels, c, equal=equal) for number in sorted({0, last})]
-    refitted = geometric_mean(refits)
+    trained = refitted = geometric_mean(models)
+    has_refits = can_refit(len(rows), index.features(last).width, c)
+    if has_refits:
+        numbers = sorted({0, last})
+        refits = [out_of_fold(index.features(number), rows, labels, c, equal=equal) for number in numbers]
+        refitted = geometric_mean(refits)
     at = np.searchsorted(rows, neighbours)
     trust = np.where(equal[at] == equal[:, None], 0.0, own_probability(refitted, labels)[at])
     voted = votes(labels[at], trust, cosines, c)
     measures = {
         MEAN_PROBABILITY: 1 - np.mean([own_probability(model, labels) for model in models], axis=0),
         MARGIN: np.mean([margin(model, labels) for model in models], axis=0),
-        OUT_OF_FOLD: margin(refitted, labels),
+        **({OUT_OF_FOLD: margin(refitted, labels)} if has_refits else {}),
         VOTES: 1 - own_probability(voted, labels),
     }
     written, share = written_labels(refitted, labels)
-    chances = chances_of(geometric_mean([geometric_mean(models), refitted, voted]), labels, written)
+    chances = chances_of(geometric_mean([trained, *([refitted] if has_refits else []), voted]), labels, written)
     others = chances.copy()
     others[np.arange(len(rows)), labels] = 0
     suspicion = np.log(np.maximum(others.sum(axis=1), LEAST_CHANCE)) - np.log(own_probability(chances, labels))
