@@ -25,7 +25,7 @@ from forebear.indexer.rows.row_source import RowBlock, RowSource
 from forebear.indexer.rows.targets.label_column import DROP_MARKED
 from forebear.indexer.rows.user_columns import ALL, choose_columns, columns_sha256, stored_columns
 from forebear.indexer.storage.arrow import column, read_batches, write_columns
-from forebear.indexer.storage.files import path_of
+from forebear.indexer.storage.files import path_of, url_of
 from forebear.indexer.storage.layout import COLUMNS
 from forebear.indexer.storage.manifest import Segment
 from forebear.progress import tell_warning
@@ -61,11 +61,13 @@ def attach_texts(
         The whole index.
 
     Raises:
-        InputError: The index has its texts.
+        InputError: The index has its texts; or ``out`` is a URL.
         MismatchError: The rows are others; the first that differs is named.
         OutputExistsError: The folder exists.
         CorruptIndexError: A file of the index was altered.
     """
+    if url_of(out) is not None:
+        raise InputError(f"{out}: texts are put back in a folder of this machine. Name one, and copy it there.")
     manifest, folder = index.manifest, path_of(out)
     if not manifest.without_texts:
         raise InputError(f"{index.folder} has the texts of its rows: there is nothing to attach.")

@@ -3,10 +3,11 @@
     build.json, gradients/..., curvature/...    the fit, its journal sent last
     parts/3-of-8-<digest>/rows/00012.arrow      files of a part, in a folder that is named by what they hold
     parts/3-of-8.json                           its record, sent last
-    manifest.json, rows/..., features/...       the index, its manifest sent last; then build.json and parts/ go
+    manifest.json, rows/..., features/...       the index, its manifest sent last; then parts/ and build.json go
 
-A step that is killed leaves its folder, in which the same command goes on, on the same machine. One that is killed
-while it sends leaves files that nothing there speaks of.
+A step that is killed leaves its folder, in which the same command goes on, on the same machine; with a fit it is named
+by that. One that is killed while it sends leaves files that nothing there speaks of, beside a build.json without a fit,
+which says whose they are: what else lies at a URL is left alone.
 """
 
 from __future__ import annotations
@@ -14,56 +15,70 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from forebear.errors import ForebearError, InputError, OutputExistsError
+from forebear.errors import ForebearError, InputError
 from forebear.hub.remote import Remote, cache_of, fetch_folder, reached, state_folder
 from forebear.indexer.building.sharing.part_files import (
     Fit,
     Part,
     fault_of,
+    has_fit,
     is_finished,
     read_fit,
     read_parts,
     record_name,
 )
 from forebear.indexer.storage.atomic import write_bytes
-from forebear.indexer.storage.journal import SUBFOLDERS
+from forebear.indexer.storage.journal import SUBFOLDERS, check_content, mentions
 from forebear.indexer.storage.layout import EFFECTS_NAME, JOURNAL_NAME, MANIFEST_NAME, PART_RECORDS
-from forebear.indexer.storage.manifest import read_manifest
+from forebear.indexer.storage.manifest import canonical_json, read_manifest
 
 _DIGITS = 16
 
 
 @contextmanager
-def begin(url: str, *, resume: bool, force: bool) -> Iterator[Path]:
+def begin(url: str, *, resume: bool, force: bool, with_parts: bool) -> Iterator[Path]:
     """The folder in which a build or a fit is made that goes to a URL.
 
+    Args:
+        url: The URL.
+        resume: Whether what is there is gone on with.
+        force: Whether it is replaced.
+        with_parts: Whether the parts that are there of the same fit are fetched, so that they are not written again.
+
     Raises:
-        OutputExistsError: There is an index or a fit already, and neither ``resume`` nor ``force``.
+        OutputExistsError: There is an index or a build already, and neither ``resume`` nor ``force``; or other files,
+            which are left alone.
     """
     work = _work(url, "build")
     with reached(url) as remote:
-        has_index, has_fit = remote.has(MANIFEST_NAME), remote.has(JOURNAL_NAME)
-        if (has_index or has_fit) and not (resume or force):
-            content = "an index" if has_index else "an unfinished build"
-            raise OutputExistsError(f"{url} holds {content}. Use --resume to go on with it, or --force to replace it.")
+        how = {"resume": resume, "force": force}
+        has_index, has_build = check_content(url, partial(_content, remote), remote.names(), **how)
         is_kept = has_index and not force
         if is_kept:
             work = fetch_folder(url)
-        elif has_fit and not force:
-            _fetch_fit(remote, work)
+        elif has_build and not force and has_fit(remote.read(JOURNAL_NAME)):
+            work, fit = _fetch_fit(remote, "build")
+            if with_parts and not is_finished(work):
+                _fetch_parts(remote, work, fit)
     with _named(url, work):
         yield work
     if is_kept:
         return
     with reached(url) as remote:
-        if force:
-            remote.remove(MANIFEST_NAME, JOURNAL_NAME, EFFECTS_NAME, *SUBFOLDERS)
+        if force or not has_build:
+            made = read_manifest(work) if is_finished(work) else read_fit(work).manifest
+            remote.write(JOURNAL_NAME, canonical_json({"kind": "build", "spec": asdict(made.spec)}))
+        if force and (has_index or has_build):
+            remote.remove(MANIFEST_NAME, EFFECTS_NAME, *SUBFOLDERS)
         if is_finished(work):
-            _send_index(remote, work)
+            _send_index(remote, work, has_parts=has_build)
         else:
             remote.send(work, read_fit(work).manifest.files)
             remote.write(JOURNAL_NAME, (work / JOURNAL_NAME).read_bytes())
@@ -76,12 +91,13 @@ def write_part(url: str, *, part: str, force: bool) -> Iterator[Path]:
 
     What is there of the part is fetched first, and what is damaged of it removed, so that it is written again.
     """
-    work = _work(url, part.replace("/", "-of-"))
+    step = part.replace("/", "-of-")
     with reached(url) as remote:
         if remote.has(MANIFEST_NAME):
+            work = _work(url, step)
             write_bytes(work / MANIFEST_NAME, remote.read(MANIFEST_NAME))  # says that there is nothing to write
         else:
-            fit = _fetch_fit(remote, work)
+            work, fit = _fetch_fit(remote, step)
             if not force and remote.has(record_name(part)):
                 _fetch_written(remote, work, fit, part)
     with _named(url, work):
@@ -98,16 +114,16 @@ def commit(url: str) -> Iterator[Path]:
     """The folder in which an index is made of parts at a URL, and which goes there; the parts are in their own."""
     with reached(url) as remote:
         if was_sent := remote.has(MANIFEST_NAME):
-            remote.remove(JOURNAL_NAME, PART_RECORDS)  # left by a commit that was killed at its very end
             work = fetch_folder(url)
+            if mentions(partial(_content, remote), JOURNAL_NAME):  # left by a commit that was killed at its very end
+                remote.remove(PART_RECORDS, JOURNAL_NAME)
         else:
-            work = _work(url, "commit")
-            _fetch_fit(remote, work)
+            work, _ = _fetch_fit(remote, "commit")
     with _named(url, work):
         yield work
     if not was_sent:
         with reached(url) as remote:
-            _send_index(remote, work)
+            _send_index(remote, work, has_parts=True)
 
 
 def part_folders(url: str) -> list[Path]:
@@ -141,8 +157,15 @@ def records(url: str) -> Iterator[Path]:
             yield folder
 
 
-def _work(url: str, step: str) -> Path:
-    return cache_of(url) / "work" / step
+def _work(url: str, step: str, fit: str = "") -> Path:
+    return cache_of(url) / "work" / "-".join(part for part in (step, fit[:_DIGITS]) if part)
+
+
+def _content(remote: Remote, name: str) -> bytes:
+    try:
+        return remote.read(name)
+    except (FileNotFoundError, IsADirectoryError):
+        return b""
 
 
 @contextmanager
@@ -158,8 +181,8 @@ def _named(url: str, folder: Path) -> Iterator[None]:
         raise
 
 
-def _fetch_fit(remote: Remote, work: Path) -> Fit:
-    """Fetch the fit into a folder, which is emptied if it was begun with another one."""
+def _fetch_fit(remote: Remote, step: str) -> tuple[Path, Fit]:
+    """Fetch the fit into the folder of a step, another for another fit: what was made of one is not sent over one."""
     try:
         journal = remote.read(JOURNAL_NAME)
     except FileNotFoundError:
@@ -167,12 +190,29 @@ def _fetch_fit(remote: Remote, work: Path) -> Fit:
     with tempfile.TemporaryDirectory() as scratch, _named(remote.url, Path(scratch)):
         write_bytes(Path(scratch) / JOURNAL_NAME, journal)
         fit = read_fit(Path(scratch))
-    if (work / JOURNAL_NAME).is_file() and read_fit(work).digest != fit.digest:
-        shutil.rmtree(work)
-    remote.fetch(work, fit.manifest.files)
-    if not (work / JOURNAL_NAME).is_file():
-        write_bytes(work / JOURNAL_NAME, journal)
-    return fit
+    work = _work(remote.url, step, fit.digest)
+    if not is_finished(work):
+        _remove_faulty(work, fit.manifest.files)
+        remote.fetch(work, fit.manifest.files)
+        if not (work / JOURNAL_NAME).is_file():
+            write_bytes(work / JOURNAL_NAME, journal)
+    return work, fit
+
+
+def _fetch_parts(remote: Remote, work: Path, fit: Fit) -> None:
+    """Fetch what is whole of the finished parts of a fit."""
+    with records(remote.url) as scratch:
+        for part in _finished(scratch):
+            if part.fit == fit.digest:
+                _fetch_files(remote, work, part)
+                _remove_faulty(work, part.files)
+
+
+def _remove_faulty(folder: Path, files: Mapping[str, dict[str, Any]]) -> None:
+    """Remove files of this machine that are not as recorded: one may have been mended there since it was fetched."""
+    for name, facts in files.items():
+        if fault_of(folder / name, facts) is not None:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _fetch_written(remote: Remote, work: Path, fit: Fit, part: str) -> None:
@@ -194,6 +234,7 @@ def _fetch_written(remote: Remote, work: Path, fit: Fit, part: str) -> None:
 def _fetch_files(remote: Remote, folder: Path, part: Part) -> str:
     """Fetch the files of a part that are there; returns the folder there that holds them."""
     place = _place(part)
+    _remove_faulty(folder, part.files)
     there = remote.sizes(place)
     if not there:
         place, there = "", remote.sizes("")
@@ -211,12 +252,12 @@ def _place(part: Part) -> str:
     return record_name(part.name).removesuffix(".json") + f"-{digest[:_DIGITS]}"
 
 
-def _send_index(remote: Remote, work: Path) -> None:
-    """Send an index, whose folder becomes that of the cache."""
+def _send_index(remote: Remote, work: Path, *, has_parts: bool) -> None:
+    """Send an index, whose folder becomes that of the cache; parts that are there of its build go."""
     manifest = (work / MANIFEST_NAME).read_bytes()
     remote.send(work, read_manifest(work).files)
     remote.write(MANIFEST_NAME, manifest)
-    remote.remove(JOURNAL_NAME, PART_RECORDS)
+    remote.remove(*((PART_RECORDS,) if has_parts else ()), JOURNAL_NAME)
     shutil.rmtree(cache_of(remote.url) / PART_RECORDS, ignore_errors=True)
     folder = state_folder(remote.url, manifest)
     if folder.exists():

@@ -48,6 +48,19 @@ class Remote:
         content: bytes = self.filesystem.cat_file(f"{self.path}/{name}")
         return content
 
+    def names(self) -> list[str]:
+        """Of all that lies in the folder, and not within others; of a file that is no folder its own."""
+        try:
+            found = self.filesystem.ls(self.path, detail=True)
+        except FileNotFoundError:
+            return []
+        paths = (
+            facts["name"].rstrip("/")
+            for facts in found
+            if facts["name"].strip("/") != self.path.strip("/") or facts["size"]
+        )  # some stores list the folder itself, as an empty file
+        return [path.rpartition("/")[2] for path in paths]
+
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of all files in a folder and those within it, by name relative to it."""
         prefix = f"{self.path}/{folder}".rstrip("/")

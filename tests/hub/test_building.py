@@ -18,6 +18,7 @@ from forebear.cli.main import run
 from forebear.errors import InputError, OutputExistsError
 from forebear.hub import remote
 from forebear.indexer.building.sharing import segments
+from forebear.indexer.building.sharing.under_way import find_build
 from forebear.indexer.rows.row_source import RowSource
 
 URL = "memory://bucket/mine"
@@ -243,6 +244,89 @@ def test_a_plain_build_goes_to_a_url_and_is_replaced_there_by_force_alone(
     assert set(there(store)) == set(hashes(given / "fitted"))
 
 
+FOREIGN = {"parts/a.txt": b"mine", "rows/b.txt": b"mine", "manifest.json": b'{"version": 1}', "build.json": b"{}"}
+
+
+@pytest.mark.parametrize("names", [["parts/a.txt", "rows/b.txt"], ["manifest.json"], ["build.json"]])
+def test_files_of_others_are_left_alone_whatever_their_names(
+    store: fsspec.AbstractFileSystem, given: Path, names: list[str]
+) -> None:
+    for name in names:
+        store.pipe_file(f"/bucket/mine/{name}", FOREIGN[name])
+    for how in ({}, {"force": True}, {"resume": True}):
+        with pytest.raises(OutputExistsError, match=rf"^{URL} holds other files and no index: it is left alone"):
+            fit_at(URL, given, **how)
+        with pytest.raises(OutputExistsError, match="left alone"):
+            build_index(rows(given), URL, model(given), OPTIONS, **how)  # type: ignore[arg-type]
+    assert there(store) == {name: FOREIGN[name] for name in names}
+
+
+def test_a_fit_whose_sending_is_killed_is_gone_on_with_and_none_of_a_part(
+    store: fsspec.AbstractFileSystem, given: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill = Kill(monkeypatch, store)
+    kill.at(2)
+    with pytest.raises(Interrupted):
+        fit_at(URL, given)
+    kill.at(-1)
+    with pytest.raises(InputError, match="an unfinished build, whose fit is not finished"):
+        build_part(URL, rows(given), "1/1")
+    fit_at(URL, given, resume=True)
+    assert set(there(store)) == set(hashes(given / "fitted"))
+
+
+def test_what_was_made_of_a_fit_is_not_sent_over_another(
+    store: fsspec.AbstractFileSystem, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit is killed while it sends; then, from elsewhere, fit and part are replaced by those of other rows."""
+    (tmp_path / "rows.jsonl").write_bytes(b"".join((given / "train.jsonl").read_bytes().splitlines(True)[:12]))
+    other, options = open_rows(str(tmp_path / "rows.jsonl")), BuildOptions(batch_tokens=64, shard_rows=8)
+    kill = Kill(monkeypatch, store)
+    fit_index(rows(given), URL, model(given), options)
+    build_part(URL, rows(given), "2/2")
+    assert find_build(URL).parts[0].rows == (16, 34)  # type: ignore[union-attr]
+    build_part(URL, rows(given), "1/2")
+    kill.at(4)
+    with pytest.raises(Interrupted):
+        commit_parts(URL)
+    kill.at(-1)
+    of_before = there(store)["parts/2-of-2.json"]
+    fit_index(other, URL, model(given), options, force=True)
+    store.pipe_file("/bucket/mine/parts/2-of-2.json", of_before)
+    (left,) = find_build(URL).parts  # type: ignore[union-attr]
+    assert (left.rows, left.of_this_fit) == (None, False)
+    assert run(["info", URL]) == 0
+    store.rm("/bucket/mine/parts/2-of-2.json")
+    build_part(URL, other, "1/1")
+    assert commit_parts(URL).manifest.n_rows == 12
+
+
+def test_a_damaged_part_that_was_mended_there_is_fetched_again_and_not_computed_again(
+    store: fsspec.AbstractFileSystem, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit_at(URL, given)
+    build_part(URL, rows(given), "1/1")
+    (name,) = (name for name in there(store) if name.endswith("/rows/00002.arrow"))
+    whole = there(store)[name]
+    store.pipe_file(f"/bucket/mine/{name}", whole[:-1] + b"?")
+    with pytest.raises(InputError, match=r"00002.arrow was altered"):
+        commit_parts(URL)
+    store.pipe_file(f"/bucket/mine/{name}", whole)
+    parts = there(store)
+    assert hashes(commit_parts(URL).folder) == hashes(given / "whole")
+    for name in there(store):
+        store.rm(f"/bucket/mine/{name}")
+    for name, content in parts.items():
+        store.pipe_file(f"/bucket/mine/{name}", content)
+    another_machine(monkeypatch, tmp_path)
+    written: list[object] = []
+    features = counting(segments.ShardWriter._write_features, written)
+    monkeypatch.setattr(segments.ShardWriter, "_write_features", features)
+    assert hashes(build_index(rows(given), URL, model(given), OPTIONS, resume=True).folder) == hashes(given / "whole")
+    assert not written
+    assert set(there(store)) == set(hashes(given / "whole"))
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -250,6 +334,7 @@ def test_a_plain_build_goes_to_a_url_and_is_replaced_there_by_force_alone(
         (["--out", URL, "--commit"], f"{URL}: no fit"),
         (["--out", URL, "--append"], "is asked, not changed"),
         (["--out", URL, "--retire", "3"], "is asked, not changed"),
+        (["--out", URL, "--attach", "INDEX"], "are put back in a folder of this machine"),
         (["--out", "hf://me/mine", "--commit"], "forebear push"),
         (["--out", "s3://bucket/mine", "--commit"], "Install s3fs"),
         (["--out", "nothing://bucket/mine", "--fit"], "Protocol not known"),
@@ -261,6 +346,7 @@ def test_what_cannot_be_done_at_a_url_is_one_line(
 ) -> None:
     begins = "--fit" in more
     train = [] if {"--commit", "--retire"} & set(more) else ["--train", str(given / "train.jsonl")]
+    more = [str(given / "whole") if word == "INDEX" else word for word in more]
     assert run(["index", *more, *train, *(["--model", str(given / "model")] if begins else [])]) == 2
     line = capsys.readouterr().err
     assert line.startswith("error: ")

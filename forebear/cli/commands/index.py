@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # What a change takes besides its own name; everything else was decided by the build.
 OPTIONS_OF_EVERY_CHANGE = ("out", "resume", "force", "quiet")
+OPTIONS_OF_A_COPY = ("out", "quiet")  # which goes to a new folder
 _OF_ROWS = (
     "train", "model", "text_columns", "label_column", "label_names", "unlabelled", "delimiter", "encoding", "device",
     "devices",
@@ -346,9 +347,12 @@ def _refuse_what_a_build_takes(ctx: typer.Context) -> None:
         if not any(p.name == change for p in given):
             continue
         option = {p.name: p.opts[0] for p in ctx.command.params}
-        foreign = [p.opts[0] for p in given if p.name not in (change, *OPTIONS_OF_EVERY_CHANGE, *taken)]
+        always = OPTIONS_OF_A_COPY if change == "attach" else OPTIONS_OF_EVERY_CHANGE
+        foreign = [p.opts[0] for p in given if p.name not in (change, *always, *taken)]
+        if change == "attach" and (again := [name for name in foreign if name in ("--resume", "--force")]):
+            raise InputError(f"--attach takes no {', '.join(again)}: it writes a new folder. Name one by --out.")
         if foreign:
-            also = ", ".join(option[name] for name in (*taken, *OPTIONS_OF_EVERY_CHANGE))
+            also = ", ".join(option[name] for name in (*taken, *always))
             raise InputError(
                 f"{option[change]} takes no {', '.join(foreign)}: the index keeps what it was built with. Leave that "
                 f"out (it takes {also}), or build the index again."

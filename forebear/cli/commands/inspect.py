@@ -323,7 +323,8 @@ def _lines_of_build(facts: dict[str, Any]) -> list[tuple[str, str]]:
         state += "" if part["of_this_fit"] else "; of another fit, which --commit refuses"
         by = " and ".join(map(_maker, part["differing"]))
         state += f"; computed otherwise than the fit: {by}" if by else ""
-        lines.append(("part", f"{part['part']} (rows {part['rows'][0]} to {part['rows'][1] - 1}): {state}"))
+        rows = "" if part["rows"] is None else f" (rows {part['rows'][0]} to {part['rows'][1] - 1})"
+        lines.append(("part", f"{part['part']}{rows}: {state}"))
     lines.append(("missing", f"{n_missing:,} rows are in no finished part of this folder" if n_missing else "nothing"))
     return [*lines, ("next", facts["next"])]
 

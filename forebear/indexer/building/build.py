@@ -157,7 +157,7 @@ def _begin(
         checkpoints = [
             replace(c, path=str(Path(c.path).resolve())) if Path(c.path).exists() else c for c in checkpoints
         ]
-    with place_of("begin", out, **how) as folder:
+    with place_of("begin", out, **how, with_parts=go_on is _write_all) as folder:
         check_free(folder / LOCK_NAME, str(folder))
         check_target(folder, **how)
         with exclusive(folder / LOCK_NAME, str(folder)):

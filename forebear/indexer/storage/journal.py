@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,32 +33,57 @@ SUBFOLDERS = (
     "rows", "columns", "features", "gradients", "sentence", "words", "tokens", "spans", "curvature", "refit", "ann",
     "retired", PART_RECORDS, CLAIMS,
 )  # fmt: skip
+_KEYS = {MANIFEST_NAME: b'"spec_digest"', JOURNAL_NAME: b'"checkpoint_sha256"'}
 
 
 def check_target(folder: Path, *, resume: bool, force: bool) -> None:
     """Refuse a folder that holds an index or a build, unless resumed or forced; other content is never removed."""
-    has_index = _mentions(folder / MANIFEST_NAME, b'"spec_digest"')
-    unfinished = _mentions(folder / JOURNAL_NAME, b'"checkpoint_sha256"')
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{folder} is a file. Give a folder for the index.")
-    if has_index or unfinished:
+
+    def read(name: str) -> bytes:
+        return (folder / name).read_bytes() if (folder / name).is_file() else b""
+
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    check_content(str(folder), read, names, resume=resume, force=force)
+
+
+def check_content(
+    place: str, read: Callable[[str], bytes], names: Iterable[str], *, resume: bool, force: bool
+) -> tuple[bool, bool]:
+    """The same of a place of any kind, by its files.
+
+    Args:
+        place: Its name, for messages.
+        read: Gives the content of a file by its name; nothing where there is none.
+        names: Of all that lies in it.
+        resume: Whether what is there is gone on with.
+        force: Whether an index or a build that is there is replaced.
+
+    Returns:
+        Whether it holds an index, and whether it holds a build.
+
+    Raises:
+        OutputExistsError: It is refused.
+    """
+    has_index, has_build = mentions(read, MANIFEST_NAME), mentions(read, JOURNAL_NAME)
+    if has_index or has_build:
         if not (resume or force):
             content = "an index" if has_index else "an unfinished build"
             raise OutputExistsError(
-                f"{folder} holds {content}. Use --resume to go on with it, or --force to replace it."
+                f"{place} holds {content}. Use --resume to go on with it, or --force to replace it."
             )
-    elif folder.is_dir() and any(
-        path.suffix != TEMPORARY_SUFFIX and path.name != LOCK_NAME for path in folder.iterdir()
-    ):
-        raise OutputExistsError(f"{folder} holds other files and no index: it is left alone. Give another --out.")
+    elif any(not name.endswith(TEMPORARY_SUFFIX) and name != LOCK_NAME for name in names):
+        raise OutputExistsError(f"{place} holds other files and no index: it is left alone. Give another --out.")
+    return has_index, has_build
 
 
-def _mentions(path: Path, key: bytes) -> bool:
-    """Whether a file contains a key that only forebear writes; other programs also have a ``manifest.json``.
+def mentions(read: Callable[[str], bytes], name: str) -> bool:
+    """Whether a manifest or a journal has the key that forebear writes; other programs also have such files.
 
     The file is not parsed, so that a damaged one is recognised as well.
     """
-    return path.is_file() and key in path.read_bytes()
+    return _KEYS[name] in read(name)
 
 
 def clear(folder: Path) -> None:

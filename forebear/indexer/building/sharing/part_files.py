@@ -89,6 +89,11 @@ def read_fit(folder: Path) -> Fit:
     )
 
 
+def has_fit(journal: bytes) -> bool:
+    """Whether the journal of a build says that its fit is whole; a damaged one may."""
+    return b'"fit":' in journal
+
+
 def is_finished(folder: Path) -> bool:
     """Whether a folder holds an index rather than a build that goes on."""
     return (folder / MANIFEST_NAME).is_file()

@@ -28,14 +28,14 @@ class PartUnderWay:
 
     Attributes:
         part: Such as ``3/8``.
-        rows: Number of its first row, and one past the last.
+        rows: Number of its first row, and one past the last; None of another fit, whose rows are not known here.
         is_finished: Whether all its files are written and recorded.
         of_this_fit: Whether it was written with this fit; others are refused when the parts are committed.
         differing: What computed it, where that is not what computed the fit; one a machine.
     """
 
     part: str
-    rows: tuple[int, int]
+    rows: tuple[int, int] | None
     is_finished: bool
     of_this_fit: bool
     differing: tuple[dict[str, Any], ...]
@@ -111,12 +111,12 @@ def _build_in(folder: Path, place: str) -> BuildUnderWay | None:
 
 
 def _under_way(fit: Fit, part: Part) -> PartUnderWay:
-    first, stop = part.shards
+    (first, stop), of_this_fit = part.shards, part.fit == fit.digest
     return PartUnderWay(
         part=part.name,
-        rows=(fit.manifest.shards[first][0], fit.manifest.shards[stop - 1][1]),
+        rows=(fit.manifest.shards[first][0], fit.manifest.shards[stop - 1][1]) if of_this_fit else None,
         is_finished=bool(part.files),
-        of_this_fit=part.fit == fit.digest,
+        of_this_fit=of_this_fit,
         differing=tuple(found for maker in part.makers if (found := differences(maker, fit.made_by))),
     )
 
