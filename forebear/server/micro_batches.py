@@ -18,7 +18,7 @@ from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from forebear.errors import CorruptIndexError
+from forebear.errors import CorruptIndexError, ForebearError
 from forebear.indexer.model.device.memory import return_memory
 from forebear.progress import Listener, heard_by
 from forebear.retriever.question.spec import Question
@@ -28,6 +28,7 @@ from forebear.server.served_indexes import Opened, ServedIndex, ServedIndexes
 
 LOG = logging.getLogger("forebear.server")
 LOOK_SECONDS = 1.0  # between two looks at what is on disk, where no request comes
+MOST_FAILED = 5  # calls of what is done between requests: an index may change meanwhile, or a disk be full for a while
 QUIET_SECONDS = 0.5  # after a batch, in which the next request of a client that asks on and on is waited for
 
 
@@ -145,6 +146,7 @@ class Worker:
         """
         self._indexes = indexes
         self._between = between
+        self._n_failed = 0  # calls of it, one after another
         self._pause = 0.0  # before the next call of ``between``, if no request comes
         self._limits = limits
         self._measures = measures
@@ -230,12 +232,16 @@ class Worker:
             self._measures.batch_seconds.observe(taken)
 
     def _go_on(self) -> None:
-        """Do a little of what nobody waits for; what goes wrong there ends it, and nothing else."""
+        """Do a little of what nobody waits for; what goes wrong there ends it at last, and nothing else."""
         try:
             has_more = self._between()
-        except Exception:
+            self._n_failed = 0
+        except Exception as error:
             LOG.exception("what is computed between requests has failed")
-            self._between, has_more = lambda: False, False
+            self._n_failed += 1
+            has_more = False
+            if not isinstance(error, ForebearError) or self._n_failed >= MOST_FAILED:
+                self._between = lambda: False
         self._pause = 0.0 if has_more else LOOK_SECONDS
 
     def _take(self) -> list[Job]:

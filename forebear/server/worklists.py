@@ -14,6 +14,7 @@ from forebear.indexer.storage.atomic import write_bytes
 
 MOST_ENTRIES = 100_000  # of one list
 MOST_CHARACTERS = 20_000  # of a note
+MOST_BYTES = 1 << 19  # of a row with its texts and all else
 
 
 class WorkLists:
@@ -55,6 +56,8 @@ class WorkLists:
         item = item_of(record)
         if len(item.note) > MOST_CHARACTERS:
             raise InputError(f"a note of {len(item.note):,} characters; expected at most {MOST_CHARACTERS:,}.")
+        if (n_bytes := len(_line(item))) > MOST_BYTES:
+            raise InputError(f"row {item.row} takes {n_bytes:,} bytes; expected at most {MOST_BYTES:,}.")
         with self._lock:
             changed = self._lists[name] | {item.row: item}
             if len(changed) > MOST_ENTRIES:
@@ -71,8 +74,7 @@ class WorkLists:
             self._write(name, {number: item for number, item in self._lists[name].items() if number != row})
 
     def _write(self, name: str, items: dict[int, Item]) -> None:
-        content = "".join(json_line(record_of(items[row])) for row in sorted(items))
-        write_bytes(self._folder / f"{name}.jsonl", content.encode("utf-8", "replace"))
+        write_bytes(self._folder / f"{name}.jsonl", b"".join(_line(items[row]) for row in sorted(items)))
         self._lists[name] = items
 
     @staticmethod
@@ -85,3 +87,7 @@ class WorkLists:
     @classmethod
     def _of_audit(cls, folder: Path) -> dict[int, Item]:
         return cls._read(folder) if any((folder / name).is_file() for name in FILES) else {}
+
+
+def _line(item: Item) -> bytes:
+    return json_line(record_of(item)).encode("utf-8", "replace")

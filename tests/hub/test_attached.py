@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from interruptions import hashes
 from tiny import labels, sentences
@@ -14,6 +15,7 @@ from tiny import labels, sentences
 from forebear import BuildOptions, Index, Retriever, append_rows, build_index, choose_model, open_rows, verify_index
 from forebear.cli.main import run
 from forebear.errors import InputError, MismatchError, MissingStoreError, OutputExistsError
+from forebear.evaluation.explorer.records import Drives, row_block
 from forebear.hub.published import write_published
 
 N, MORE = 30, 11
@@ -84,6 +86,24 @@ def test_an_index_with_its_texts_again_has_the_files_and_answers_of_before(
     capsys.readouterr()
     assert run([*words, "--train", str(given / "rows.jsonl")]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--force", "--resume"])
+def test_what_means_nothing_for_a_new_folder_is_refused(
+    given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    words = ["index", "--out", str(tmp_path / "whole"), "--attach", str(given / "published"), option]
+    assert run([*words, "--train", str(given / "rows.jsonl")]) == 2
+    assert f"--attach takes no {option}: it writes a new folder" in capsys.readouterr().err
+    assert not (tmp_path / "whole").exists()
+
+
+def test_records_say_whether_their_texts_are_those_of_the_rows(given: Path) -> None:
+    for name, has_texts in (("index", True), ("published", False)):
+        retriever = Retriever(given / name, model=str(given / "model"))
+        (record,) = row_block(retriever, np.array([3]), Drives(), {})
+        assert record["has_texts"] is has_texts
+        assert (record["texts"] == [["text", TEXTS[3]]]) is has_texts
 
 
 def test_rows_that_were_appended_come_with_all_rows_in_one_file(given: Path, tmp_path: Path) -> None:

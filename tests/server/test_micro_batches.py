@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from serving import until
 
-from forebear.errors import CorruptIndexError, InputError
+from forebear.errors import CorruptIndexError, ForebearError, InputError
+from forebear.server import micro_batches
 from forebear.server.limits import Limits
 from forebear.server.measures import Measures
 from forebear.server.micro_batches import Found, Job, QueueFullError, StoppedError, TimeRanOutError, Worker
@@ -228,6 +229,24 @@ def test_what_is_done_between_requests_holds_nobody_and_its_fault_ends_it_alone(
     assert until(lambda: len(calls) == 3)
     assert values(here.job(released(), "f")) == [(1, "f")]
     assert len(calls) == 3
+
+
+def test_what_fails_between_requests_for_a_while_goes_on_later(desk, monkeypatch):
+    monkeypatch.setattr(micro_batches, "LOOK_SECONDS", 0.01)
+    calls: list[int] = []
+
+    def between() -> bool:
+        calls.append(len(calls))
+        if len(calls) in (2, 4) or len(calls) > 6:
+            raise ForebearError("the index is being changed")
+        return True
+
+    here = desk(between=between)
+    here.worker.start()
+    assert until(lambda: len(calls) == 6 + micro_batches.MOST_FAILED)
+    assert values(here.job(released(), "a")) == [(1, "a")]
+    time.sleep(0.1)
+    assert len(calls) == 6 + micro_batches.MOST_FAILED  # it has ended
 
 
 def test_stopping_fails_those_that_wait_and_takes_no_more(desk):

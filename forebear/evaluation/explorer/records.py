@@ -280,7 +280,8 @@ def row_block(
     """Records of some live training rows.
 
     ``probability`` is what the model gives the row's label, exp(-loss); None where the loss is another one: of several
-    labels or numbers, of weighted classes, of smoothed labels.
+    labels or numbers, of weighted classes, of smoothed labels. Without ``has_texts`` the index holds none, and the
+    ``texts`` say where the row came from.
     """
     index, spec = retriever.index, retriever.index.manifest.spec
     texts = {name: column.to_pylist() for name, column in index.texts(rows).items()}
@@ -307,6 +308,7 @@ def row_block(
             "loss": loss,
             "probability": float(np.exp(-loss)) if is_plain else None,
             "texts": [[name, values[i]] for name, values in texts.items()],
+            "has_texts": not index.manifest.without_texts,
             "columns": [[name, str(values[i])] for name, values in others.items() if values[i] is not None],
             "suggested": suggested[i],
             "evidence": _evidence(doubted, i, labels[i], predictions[i], loss, group),

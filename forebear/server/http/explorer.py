@@ -85,7 +85,7 @@ def explorer_routes(indexes: ServedIndexes, explored: Explored, describe: Record
     @router.get("/explorer/worklist")
     async def worklist(index: Name | None = None) -> Response:
         """The training rows that are marked, by number."""
-        return as_json(dumped(kept().entries(indexes.named(index).name)))
+        return as_json(dumped(await asyncio.to_thread(kept().entries, indexes.named(index).name)))
 
     @router.put("/explorer/worklist/{row}", status_code=204)
     async def put(row: Row, marked: dict[str, Any], index: Name | None = None) -> None:

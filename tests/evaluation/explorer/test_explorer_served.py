@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 from forebear import audits, retire_rows
 from forebear.cli.main import run
 from forebear.evaluation.worklists.files import read_work_list
+from forebear.server.worklists import WorkLists
 
 TOKEN = "0123456789abcdef0123"
 MARK = {"row": 7, "decision": "remove", "note": "twice"}
@@ -91,6 +94,7 @@ def test_marked_rows_are_on_disk_when_they_are_answered_and_read_again(site, sta
         {**MARK, "more": 1},
         {"row": 7},
         {**MARK, "row": "7"},
+        {**MARK, "text: text": "film " * 120_000},
     ):
         assert live.ask("/explorer/worklist/7", body, method="PUT").status == 422, body
     later = start(f"tiny={site.index}", worklists=str(folder)).ask("/explorer/worklist").json
@@ -100,6 +104,19 @@ def test_marked_rows_are_on_disk_when_they_are_answered_and_read_again(site, sta
         (7, "remove"),
     ]
     assert [path.name for path in folder.iterdir()] == ["tiny.jsonl"]
+
+
+def test_a_list_that_is_being_written_holds_no_other_request(site, start, tmp_path, monkeypatch):
+    live, threads = start(f"tiny={site.index}", worklists=str(tmp_path)), []
+
+    def entries(*_given: Any) -> list[Any]:
+        with suppress(RuntimeError):  # there is none in this thread
+            threads.append(asyncio.get_running_loop())
+        return [MARK]
+
+    monkeypatch.setattr(WorkLists, "entries", entries)
+    assert live.ask("/explorer/worklist").json == [MARK]
+    assert not threads
 
 
 def test_the_work_list_of_an_audit_is_where_the_servers_list_begins(site, start, tmp_path):
@@ -208,6 +225,23 @@ def test_the_pages_of_a_server_show_the_site_and_ask_about_new_texts(page, site,
     page.wait_for_selector("a:has-text('Work list (0)')")
     page.wait_for_selector("text=No training row is marked.")
     assert (folder / "tiny.jsonl").read_text() == ""
+
+
+@pytest.mark.slow
+def test_two_quick_marks_are_kept_as_they_were_made_and_only_texts_of_the_row(page, site, start, tmp_path):
+    live = start(f"tiny={site.index}", worklists=str(tmp_path / "marked"))
+    held: list[Any] = []
+    page.route("**/explorer/worklist/3*", lambda route: route.continue_() if held else held.append(route))
+    page.route("**/explorer/rows/3*", lambda route: route.fulfill(json={**route.fetch().json(), "has_texts": False}))
+    visit(page, live.port, "#/row/3")
+    for decision in ("remove", "keep"):
+        page.get_by_label(decision, exact=True).check()
+    page.wait_for_timeout(200)
+    held[0].continue_()
+    page.wait_for_selector("text=is on the work list: keep")
+    page.wait_for_timeout(200)
+    (entry,) = live.ask("/explorer/worklist").json
+    assert (entry["decision"], entry.get("text: text")) == ("keep", None)
 
 
 @pytest.mark.slow

@@ -32,9 +32,15 @@
         this.problem = forebear.site.keeps ? error.message : "This browser keeps nothing for this page: export the list before you leave.";
       }
     },
-    async write(row) {
-      const entry = this.entries.get(row);
+    // One after another, as they were made: each sends what the row is when its turn comes.
+    last: Promise.resolve(),
+    write(row) {
       this.onchange();
+      this.last = this.last.then(() => this.send(row));
+      return this.last;
+    },
+    async send(row) {
+      const entry = this.entries.get(row);
       try {
         if (!forebear.site.keeps) localStorage.setItem(this.key, JSON.stringify(this.sorted()));
         else if (entry) await ask(`explorer/worklist/${row}`, { method: "PUT", body: ordered(entry) });
@@ -104,7 +110,7 @@
       form.querySelector(`input[value="${decision}"]`).checked = true;
       await work.put({
         ...now(), row, source: record.source, source_row: record.source_row,
-        ...Object.fromEntries(record.texts.map(([name, text]) => [`text: ${name}`, text])), given: record.label,
+        ...Object.fromEntries(record.texts.map(([name, text]) => [`text: ${name}`, record.has_texts === false ? null : text])), given: record.label,
         suggested: names.length ? label.value || null : record.suggested, [OF_LABEL]: record.probability,
         reason: now()?.reason || [record.evidence, reason].filter(Boolean).join("; "),
         decision: decision === NOTE ? "" : decision, note: note.value,
@@ -150,7 +156,7 @@
       list.replaceChildren(...entries.map((entry) => el("li", null,
         el("div", null, rowLink(entry.row, true), el("span", { class: "note" }, decisionOf(entry)), el("ul", { class: "facts" },
           el("li", null, el("span", null, "label"), shown(String(entry.given))), entry.suggested ? el("li", null, el("span", null, "suggested"), shown(String(entry.suggested))) : null)),
-        el("div", null, textNode("p", [[Object.keys(entry).filter((name) => name.startsWith("text: ")).map((name) => entry[name]).join("\n")]]),
+        el("div", null, textNode("p", [[Object.keys(entry).filter((name) => name.startsWith("text: ")).map((name) => entry[name] ?? "").join("\n")]]),
           entry.note ? el("p", { class: "note-line" }, "Note: ", shown(String(entry.note))) : null,
           el("p", { class: "note-line" }, shown(entry.reason ?? "")),
           el("button", { type: "button", "aria-label": `Take row ${entry.row} off the list`, onclick: async () => {
