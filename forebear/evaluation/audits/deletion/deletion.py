@@ -57,6 +57,15 @@ class Retrained:
         pairs = [(a, b) for i, a in enumerate(changes) for b in changes[:i] if np.ptp(a) > 0 and np.ptp(b) > 0]
         return float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in pairs])) if pairs else None
 
+    def ceiling(self, quantity: str, targets: np.ndarray, loss: Loss) -> float | None:
+        """Pearson's r of the mean change over the seeds with what it would be over very many, from the agreement rho.
+
+        With s seeds sqrt(s rho / (1 + (s - 1) rho)), after Spearman and Brown: what a prediction without error would
+        reach. None where seeds do not agree, or there is one alone.
+        """
+        rho, s = self.agreement(quantity, targets, loss), len(self.seeds)
+        return None if rho is None or rho <= 0 else float(np.sqrt(s * rho / (1 + (s - 1) * rho)))
+
 
 def _value(quantity: str, logits: np.ndarray, targets: np.ndarray, loss: Loss) -> np.ndarray:
     if quantity == "loss":

@@ -1,7 +1,8 @@
 """Training rows that somebody names: by their numbers, as a work list, or by what they hold.
 
 Rows that are to go are often known by an id or by their texts, not by the number that an index gave them. A work list
-may have been written for an older index: where its texts are not those of the rows that it numbers, texts decide.
+may have been written for an older index: where its texts and labels are not those of the rows that it numbers, these
+decide.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pyarrow.compute as pc
 
 from forebear.errors import InputError
 from forebear.evaluation.worklists.files import READ, read_work_list
-from forebear.evaluation.worklists.items import WorkList
+from forebear.evaluation.worklists.items import Item, WorkList
 from forebear.indexer.index import Index
 from forebear.indexer.rows.files.reader import listed
 from forebear.indexer.rows.source_names import TextChoices, open_reader
@@ -119,27 +120,87 @@ def _numbers_in(path: Path) -> Iterator[int]:
 
 
 def _of_work_list(index: Index, work_list: WorkList) -> Named:
-    """Rows of a work list: those that were decided to go, or all while nothing is decided."""
+    """Rows of a work list: those that were decided to go, or all while nothing is decided.
+
+    An item's row is that of its number where texts and label are the item's. Else the list is of another index: then
+    texts and label find the row, but none that the list numbers and that stays. Where of equal items one goes and
+    another stays, they cannot tell the rows apart, and none is found.
+    """
     decided = any(item.decision for item in work_list)
     items = [item for item in work_list if not decided or item.decision in LEAVES]
     how = "by a work list" + (f", {len(items):,} of {len(work_list):,} decided to go" if decided else "")
-    names = index.manifest.spec.text_columns
-    numbers = np.array([item.row for item in items], np.int64)
-    if index.manifest.without_texts or not all(set(names) <= set(item.texts) for item in items):
-        return _of_numbers(index, numbers, how)
-    held = np.flatnonzero(np.isin(numbers, index.live))
-    now = list(zip(*(column.to_pylist() for column in index.texts(numbers[held]).values()), strict=True))
-    is_same = np.zeros(len(items), bool)
-    is_same[held] = [tuple(items[i].texts[n] for n in names) == texts for i, texts in zip(held, now, strict=True)]
-    others = [items[i].texts for i in np.flatnonzero(~is_same)]
-    same = numbers[is_same]
-    if not others:
-        return Named(rows=np.unique(same), missing=(), how=how)
-    table = pa.table({name: pa.array([texts[name] for texts in others], pa.large_string()) for name in names})
-    moved = _of_values(table, index.texts, index.live, "")
+    going = {item.row for item in items}
+    stay = [item for item in work_list if decided and item.decision not in LEAVES]
+    if twice := sorted(item.row for item in stay if item.decision and item.row in going):
+        raise InputError(f"--rows: row {twice[0]} is decided both to go and to stay. Leave one of the two.", of=HERE)
+    stay = [item for item in stay if item.row not in going]
+    live = set(index.live.tolist())
+    held = _contents(index, np.array(sorted(row for row in going if row < index.manifest.n_rows), np.int64))
+    rows: set[int] = set()
+    lost = []
+    for item in items:
+        said = _said(index, item)
+        if item.row in held and _alike(said, held[item.row]):
+            rows.update({item.row} & live)  # a retired row is gone already: no other row is it
+        elif said[0] is not None:
+            lost.append(item)
+    moved = _moved(index, lost, stay)
+    missing = [item for item in items if item.row not in rows and not moved.get(item.row)]
+    how += f"; {len(moved):,} of them by their texts" if moved else ""
     return Named(
-        rows=np.union1d(same, moved.rows), missing=moved.missing, how=f"{how}; {len(others):,} of them by their texts"
+        rows=np.array(sorted(rows.union(*moved.values())), np.int64),
+        missing=tuple(dict.fromkeys(": ".join([f"row {item.row}", *item.texts.values()]) for item in missing)),
+        how=how,
     )
+
+
+# Texts and label of a row or an item; None: not known.
+_Content: TypeAlias = tuple[tuple[str, ...] | None, str | None]
+
+
+def _said(index: Index, item: Item) -> _Content:
+    """What an item says of its row; a label that is none of the index's names says nothing."""
+    names = index.manifest.spec.text_columns
+    has_texts = not index.manifest.without_texts and set(names) <= set(item.texts)
+    texts = tuple(item.texts[name] for name in names) if has_texts else None
+    return texts, item.given if item.given in index.manifest.spec.label_names else None
+
+
+def _contents(index: Index, rows: np.ndarray) -> dict[int, _Content]:
+    labels = index.label_texts(rows)
+    if index.manifest.without_texts:
+        return {row: (None, label) for row, label in zip(rows.tolist(), labels, strict=True)}
+    texts = zip(*(column.to_pylist() for column in index.texts(rows).values()), strict=True)
+    return dict(zip(rows.tolist(), zip(texts, labels, strict=True), strict=True))
+
+
+def _alike(one: _Content, other: _Content) -> bool:
+    return all(a is None or b is None or a == b for a, b in zip(one, other, strict=True))
+
+
+def _moved(index: Index, items: Sequence[Item], stay: Sequence[Item]) -> dict[int, set[int]]:
+    """Live rows with the texts and the label of items, by the number that the item has; those that are found."""
+    if not items:
+        return {}
+    names = index.manifest.spec.text_columns
+    table = pa.table({name: pa.array([item.texts[name] for item in items], pa.large_string()) for name in names})
+    near = _of_values(table, index.texts, index.live, "").rows
+    near = np.setdiff1d(near, [item.row for item in stay])
+    held = _contents(index, near)
+    by_texts: dict[Any, set[int]] = {}
+    for row, content in held.items():
+        by_texts.setdefault(content[0], set()).add(row)
+    staying: dict[Any, list[_Content]] = {}
+    for other in stay:
+        content = _said(index, other)
+        staying.setdefault(content[0], []).append(content)
+    found: dict[int, set[int]] = {}
+    for item in items:
+        said = _said(index, item)
+        if not any(_alike(said, content) for content in staying.get(said[0], ())):
+            rows = {row for row in by_texts.get(said[0], ()) if _alike(said, held[row])}
+            found |= {item.row: rows | found.get(item.row, set())} if rows else {}
+    return found
 
 
 def _of_values(table: pa.Table, stored: Callable[[np.ndarray], Any], live: np.ndarray, how: str) -> Named:

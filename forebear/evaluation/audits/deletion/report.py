@@ -184,16 +184,19 @@ def _fit_table(found: Deletion, seed: int) -> Table:
     lines: list[list[Cell]] = []
     for quantity in QUANTITIES:
         agreement = found.retrained.agreement(quantity, targets, loss)
+        ceiling = found.retrained.ceiling(quantity, targets, loss)
         for change in found.changes:
             one = found.fit(change, quantity, seed)
             low, high = one.correlation_interval or (None, None)
-            lines.append(
-                [quantity, change.name, one.slope, one.correlation, low, high, one.rank_correlation, agreement]
-            )
-    heads = ["quantity", "predicted by", "slope", "r", "r, 95% low", "r, 95% high", "Spearman", "r of two seeds"]
+            cells: list[Cell] = [quantity, change.name, one.slope, one.correlation, low, high, one.rank_correlation]
+            lines.append([*cells, ceiling, agreement])
+    heads = ["quantity", "predicted by", "slope", "r", "r, 95% low", "r, 95% high", "Spearman", "ceiling of r"]
+    heads.append("r of two seeds")
     note = (
-        "Over test rows, of the gold label. Slope: of retrained on predicted changes, through the origin. r of two "
-        "seeds: how far retrainings agree with each other; where it is low, the set changes less than chance does."
+        "Over test rows, of the gold label. Slope: of retrained on predicted changes, through the origin. r is with "
+        f"the mean change over the seeds ({len(found.retrained.seeds)}); its ceiling is what a prediction without "
+        "error would reach. r of two seeds is between single retrainings, and not to be held against r; where it is "
+        "low, the set changes less than chance does."
     )
     return Table("Predicted and retrained changes", heads, lines, note)
 
