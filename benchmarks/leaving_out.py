@@ -120,6 +120,7 @@ def compared(found: Deletion) -> dict[str, Any]:
         **{name: round(fit.correlation or 0.0, 3) for name, fit in fits.items()},
         "slope of loss": round(found.fit(found.best, "loss", 0).slope or 0.0, 3),
         "r of two seeds": again.agreement("loss", gold, found.predictions.loss),
+        "ceiling of r": again.ceiling("loss", gold, found.predictions.loss),
         "predicted gain": round(float((found.best.labels == gold).mean() - (now == gold).mean()), 4),
         "retrained gain": round(float(after.mean() - before.mean()), 4),
         "predicted rise": round(float(found.best.losses.mean()), 5),
@@ -165,11 +166,15 @@ def planted(retriever: Retriever) -> dict[str, Any]:
     harmful = np.argsort(found.scores, kind="stable")
     own = harmful[found.grouping.numbers[harmful] == bad]
     return {
-        "place by worth": int(np.flatnonzero(found.order == bad)[0]) + 1,
-        "first to look at": names[found.worst[0]],
-        "p of the first": found.worst[1],
+        "place by standardised difference": int(np.flatnonzero(found.order == bad)[0]) + 1,
+        "place by worth of a row": int((found.worths["all"].means < found.worths["all"].means[bad]).sum()) + 1,
+        "first to look at": names[found.worst.number],
+        "by": found.worst.by,
+        "p of the first": found.worst.p,
         "p of worth, of all": float(found.chance.p_of_all[bad]),
+        "p of worth, of all, in labels": float(found.chance_in_labels.p_of_all[bad]),
         "p of errors, of all": float(found.errors.chance.p_of_all[bad]),
+        "p of errors, of all, in labels": float(found.errors.chance_in_labels.p_of_all[bad]),
         "share of rows": round(float(found.sizes[bad] / found.sizes.sum()), 3),
         "share of errors": round(found.errors.shares[bad].mean, 3),
         "turned among its 50 most harmful rows": round(float(turned[own[:50]].mean()), 3),

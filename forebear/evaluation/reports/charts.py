@@ -29,7 +29,7 @@ _RC: Final[dict[Any, Any]] = {
 }
 
 Series = Mapping[str, Sequence[float]]
-Errors = Mapping[str, Sequence[float | None]]
+Errors = Mapping[str, Sequence[float | tuple[float, float] | None]]
 
 
 def bar_chart(
@@ -47,7 +47,8 @@ def bar_chart(
         labels: One per group, ``g`` of them, drawn from top to bottom.
         series: Values by series name, ``(g,)`` each; at most six series.
         xlabel: The quantity on the axis, with its unit.
-        errors: Half-widths of the error bars by series name, ``(g,)`` each; None draws no bar.
+        errors: Half-widths of the error bars by series name, or pairs of those below and above, ``(g,)`` each; None
+            draws no bar.
         reference: A labelled vertical line, such as ("all rows", 0.44).
         digits: Decimals of the written values.
 
@@ -65,11 +66,11 @@ def bar_chart(
             style = {"color": _COLOURS[i], "edgecolor": INK, "hatch": _HATCHES[i], "linewidth": 0.8}
             axes.barh(places, values, height=thickness * 0.86, label=name, **style)
             for place, value, half in zip(places, values, halves[name], strict=True):
-                if half:
-                    axes.errorbar(value, place, xerr=half, color=INK, capsize=2.5, linewidth=1.0)
+                if half.any():
+                    axes.errorbar(value, place, xerr=half[:, None], color=INK, capsize=2.5, linewidth=1.0)
                 side, align = (-1, "right") if value < 0 else (1, "left")
                 shown = f"{value:.{digits}f}".replace("-", "\u2212")
-                place_x = value + side * (half + 0.012 * spread)
+                place_x = value + side * (half[int(value >= 0)] + 0.012 * spread)
                 axes.text(place_x, place, shown, va="center", ha=align, fontsize=9)
         if reference is not None:
             axes.axvline(reference[1], color=INK, linestyle=(0, (4, 3)), linewidth=1.1)
@@ -104,8 +105,8 @@ def line_chart(
         for i, (name, values) in enumerate(series.items()):
             style = {"color": _COLOURS[i], "marker": _MARKERS[i], "linestyle": _DASHES[i], "linewidth": 1.6}
             axes.plot(x, values, markersize=5, markeredgecolor=INK, markeredgewidth=0.6, **style)
-            if any(halves[name]):
-                axes.errorbar(x, values, yerr=halves[name], fmt="none", color=_COLOURS[i], capsize=2.5)
+            if halves[name].any():
+                axes.errorbar(x, values, yerr=halves[name].T, fmt="none", color=_COLOURS[i], capsize=2.5)
         low, high = axes.get_ylim()
         height = -math.inf
         for value, name in sorted((float(values[-1]), name) for name, values in series.items()):
@@ -247,16 +248,20 @@ def inline_svg(svg: str, prefix: str, label: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
 
 
-def _half_widths(labels: Sequence[Any], series: Series, errors: Errors | None) -> dict[str, list[float]]:
-    """Check that the series can be drawn; return their error bars, 0.0 where there is none."""
+def _half_widths(labels: Sequence[Any], series: Series, errors: Errors | None) -> dict[str, np.ndarray]:
+    """Check that the series can be drawn; return error bars below and above, ``(g, 2)``, 0 where there is none."""
     if not len(labels) or not 1 <= len(series) <= len(_COLOURS):
         raise InputError(f"{len(series)} series of {len(labels)} values; a chart takes 1 to 6 series, 1 value or more.")
-    halves = {name: [half or 0.0 for half in (errors or {}).get(name, [0.0] * len(labels))] for name in series}
+    given = {name: (errors or {}).get(name, [None] * len(labels)) for name in series}
+    halves = {
+        name: np.array([half if isinstance(half, tuple) else (half or 0.0,) * 2 for half in some], np.float64)
+        for name, some in given.items()
+    }
     for name, values in series.items():
         if not len(values) == len(halves[name]) == len(labels):
             raise InputError(
                 f"series {name!r} has {len(values)} values and {len(halves[name])} errors; expected {len(labels)}."
             )
-        if not np.all(np.isfinite(np.asarray([*values, *halves[name]], dtype=np.float64))):
+        if not np.all(np.isfinite(np.r_[np.asarray(values, np.float64), halves[name].ravel()])):
             raise NonFiniteError(f"series {name!r} holds NaN or infinity; expected numbers. Leave such values out.")
     return halves

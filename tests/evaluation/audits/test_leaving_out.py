@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,11 +17,17 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from forebear import BuildOptions, InputError, Retriever, audits, build_index, choose_model, open_rows
 from forebear.cli.main import run
+from forebear.evaluation.audits.deletion.deletion import Retrained
 from forebear.evaluation.audits.deletion.given import named_rows
+from forebear.evaluation.audits.sources import sources as of_sources
 from forebear.evaluation.audits.sources import worth as of_worth
+from forebear.evaluation.audits.sources.report import _summary
+from forebear.evaluation.audits.sources.sources import BehindErrors, Sources
 from forebear.evaluation.audits.sources.worth import chance, less_the_rest, worth
+from forebear.evaluation.common.statistics import mean_of
 from forebear.evaluation.python.retrainings import Retraining
 from forebear.evaluation.worklists.items import Item, WorkList
+from forebear.indexer.building.change import retire_rows
 
 N, Q, DAMPING = 150, 60, 0.02
 BAD = "kim"  # who turns most labels over
@@ -170,7 +177,99 @@ def test_rows_are_found_by_number_by_text_by_id_and_by_work_list(world, tmp_path
     assert 0 not in named_rows(index, older).rows
 
 
+def test_a_row_that_was_decided_to_stay_is_not_taken_for_an_equal_one_that_went(tiny_model, tmp_path):
+    texts, labels = sentences(12, seed=3), [0, 1, 2] * 4
+    texts[9], texts[4], texts[11] = texts[2], texts[3], texts[5]  # equal; 11 has the label of 5 too, 9 and 4 another
+    train = write_jsonl(tmp_path / "train.jsonl", text=texts, label=labels)
+    chosen = choose_model(str(tiny_model("bert", 3)), ()).checkpoints
+    build_index(open_rows(str(train)), tmp_path / "index", chosen, BuildOptions(dampings=(str(DAMPING),)))
+    index = retire_rows(tmp_path / "index", [5])
+    names = index.label_texts(np.arange(12))
+
+    def item(of, decision="", row=None):
+        return Item(row=of if row is None else row, texts={"text": texts[of]}, given=names[of], decision=decision)
+
+    def named(*items):
+        found = named_rows(index, WorkList(items))
+        return found.rows.tolist(), [text.split(":")[0] for text in found.missing]
+
+    first = item(7, "remove")
+    assert named(first, item(5, "remove"), item(11, "keep")) == ([7], ["row 5"])  # 5 is retired
+    assert named(first, item(5, "remove")) == ([7], ["row 5"])
+    assert named(first, item(5, "remove", 1)) == ([7, 11], [])  # of an older index, where it was row 1
+    assert named(first, item(5, "remove", 1), item(11, "keep")) == ([7], ["row 1"])
+    assert named(first, item(5, "remove", 1), item(5, "relabel", 0)) == ([7], ["row 1"])  # both moved
+    assert named(first, item(2, "remove", 1)) == ([2, 7], [])  # not row 9, whose label is another
+    assert named(item(7), item(3, row=4)) == ([3, 7], [])
+    with pytest.raises(InputError, match="row 7 is decided both to go and to stay"):
+        named(first, item(7, "keep"))
+
+
+def test_the_ceiling_of_r_is_the_r_of_the_mean_of_the_seeds_with_the_change_behind_them():
+    rng = np.random.default_rng(0)
+    behind, targets = rng.normal(size=4000), np.ones(4000, np.int64)
+    after = np.zeros((2, 4000, 2))
+    after[:, :, 1] = behind + 1.2 * rng.normal(size=(2, 4000))
+    again = Retrained((0, 1), np.zeros_like(after), after, np.empty(0))
+    r = stats.pearsonr(again.changes("margin", targets, None).mean(axis=0), behind)[0]
+    assert again.ceiling("margin", targets, None) == pytest.approx(r, abs=0.02)
+    assert Retrained((0,), after[:1], after[1:], np.empty(0)).ceiling("margin", targets, None) is None
+
+
 # Sources
+
+
+def sources_by(scores, numbers, labels, behind=None):
+    """Sources of made-up scores of rows, and of how often each stands behind an error."""
+    sizes, m = np.bincount(numbers), numbers.max() + 1
+    by_test_row = np.tile([scores[numbers == one].mean() for one in range(m)], (20, 1))
+    errors = None
+    if behind is not None:
+        shares = [mean_of([behind[numbers == one].sum() / behind.sum()] * 2) for one in range(m)]
+        errors = BehindErrors(shares, *(chance(behind, numbers, strata, 0) for strata in (None, labels)))
+    return Sources(
+        grouping=SimpleNamespace(names=[f"s{one}" for one in range(m)], column="who", numbers=numbers), sizes=sizes,
+        n_test={"all": 20}, worths={"all": worth(by_test_row, scores, numbers, 0)},
+        chance=chance(scores, numbers, None, 0), chance_in_labels=chance(scores, numbers, labels, 0), scores=scores,
+        errors=errors, left_out={},
+    )  # fmt: skip
+
+
+def test_no_source_is_blamed_for_the_labels_that_it_drew(monkeypatch):
+    monkeypatch.setattr(of_worth, "MOST_SHUFFLES", 400)
+    rng = np.random.default_rng(5)
+    labels = rng.integers(0, 2, 400)
+    scores, behind = rng.normal(size=400) + 2 * labels, rng.poisson(3 - 2 * labels).astype(float)
+    drew = np.where(rng.random(400) < np.where(labels == 0, 0.4, 0.05), 1, 0)  # s1: clean, mostly of label 0
+    for numbers in (drew, labels):
+        for counts in (None, behind):
+            found = sources_by(scores, numbers, labels, counts)
+            assert found.chance.p_of_all.max() < 0.01
+            assert found.worst.p > 0.05
+            assert "No who differs from the others by more than chance and its mix of labels" in _summary(found)
+    bad = drew == 1
+    assert sources_by(scores - 1.0 * bad, drew, labels).worst.number == 1
+    assert sources_by(scores - 1.0 * bad, drew, labels).worst.p < 0.05
+    # worth less among all rows for its labels, and more than others of the same labels
+    assert sources_by(scores + 0.6 * bad, drew, labels).worst.p > 0.05
+
+
+def test_the_summary_names_the_question_that_found_the_source_and_the_rows_worth_most(monkeypatch):
+    monkeypatch.setattr(of_worth, "MOST_SHUFFLES", 400)
+    rng = np.random.default_rng(6)
+    numbers, labels = np.repeat([0, 1, 2, 3], [150, 150, 85, 15]), np.tile([0, 1], 200)
+    scores = rng.normal(size=400) + np.array([0.5, 0.45, -0.3, 0.0])[numbers]
+    scores[numbers == 3] += 0.7 - scores[numbers == 3].mean()
+    behind = rng.poisson(np.array([1, 1, 1, 4])[numbers]).astype(float)
+    by_worth = sources_by(scores, numbers, labels, np.ones(400))
+    assert (by_worth.worst.number, by_worth.worst.by) == (2, "worth")
+    assert "of its worth, beside" in _summary(by_worth)
+    by_errors = sources_by(rng.normal(size=400), numbers, labels, behind)
+    assert (by_errors.worst.number, by_errors.worst.by) == (3, "errors")
+    assert "of its share of what is behind errors" in _summary(by_errors)
+    assert "Its 15 rows are worth" in _summary(by_errors)
+    assert by_worth.order[-1] != 3
+    assert "a row is worth most of s3." in _summary(by_worth)
 
 
 def test_a_sources_worth_is_the_mean_of_its_scores_and_its_loss_that_of_its_deletion(world):
@@ -203,8 +302,8 @@ def test_a_source_of_turned_labels_is_the_worst_and_its_turned_rows_are_listed(w
     finding = audits.sources(world.retriever, world.test, "annotator", n_left_out=1, n_listed=10)
     found = finding.numbers
     assert found.grouping.names[found.order[0]] == BAD
-    assert found.grouping.names[found.worst[0]] == BAD
-    assert found.worst[1] < 0.05
+    assert found.grouping.names[found.worst.number] == BAD
+    assert found.worst.p < 0.05
     assert BAD in finding.report.summary
     assert len(finding.work_list) == 10
     assert np.mean([world.turned[item.row] for item in finding.work_list]) > 0.7
@@ -259,6 +358,39 @@ def test_intervals_are_those_of_a_bootstrap_over_test_rows_and_rows():
     low, high = np.quantile(draws, [0.025, 0.975])
     assert found.intervals[1, 1] - found.intervals[0, 1] == pytest.approx(high - low, rel=0.2)
     assert less_the_rest(found.means, np.array([70, 30]))[1] == pytest.approx(found.means[1] - found.means[0])
+
+
+def test_intervals_of_small_sources_are_as_wide_as_their_spread_or_none():
+    rng = np.random.default_rng(3)
+    numbers = np.r_[np.zeros(60, int), np.ones(10, int), np.full(9, 2), np.arange(3, 33)]
+    scores = rng.normal(size=len(numbers))
+    equal = np.tile([scores[numbers == one].mean() for one in range(33)], (5, 1))  # test rows that are all alike
+    found = [worth(equal, scores, numbers, seed) for seed in range(20)]
+    widths = np.mean([one.mean_intervals[1] - one.mean_intervals[0] for one in found], axis=0)
+    assert np.isnan(widths).tolist() == [False, False, *[True] * 31]
+    normal = 2 * stats.norm.ppf(0.975)
+    assert widths[1] == pytest.approx(normal * scores[60:70].std(ddof=1) / np.sqrt(10), rel=0.03)
+    width = np.mean([one.intervals[1, 0] - one.intervals[0, 0] for one in found])
+    rest = (10 * scores[60:70].var(ddof=1) + 9 * scores[70:79].var(ddof=1) + 30 * scores.var()) / 49**2
+    assert width == pytest.approx(normal * np.sqrt(scores[:60].var(ddof=1) / 60 + rest), rel=0.03)
+    one_row = worth(equal[:, :2], scores[:61], numbers[:61], 0)
+    assert np.isnan(one_row.intervals).all()
+    assert np.isnan(one_row.mean_intervals[0]).tolist() == [False, True]
+
+
+def test_products_hold_no_more_than_a_block_of_test_rows(monkeypatch):
+    monkeypatch.setattr(of_sources, "BLOCK_NUMBERS", 1 << 12)
+    rng = np.random.default_rng(0)
+    residuals, features, matrices = (rng.normal(size=shape) for shape in ((2000, 4), (2000, 3), (50, 4, 3)))
+    tracemalloc.start()
+    try:
+        found = of_sources._products(residuals, features, matrices)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    slow = [[r @ matrix @ f for matrix in matrices] for r, f in zip(residuals[::500], features[::500], strict=True)]
+    np.testing.assert_allclose(found[::500], slow)
+    assert peak < 1.5 * found.nbytes  # the products by class are four times as many
 
 
 # Commands

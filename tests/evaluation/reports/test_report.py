@@ -247,6 +247,17 @@ def test_nan_never_passes_quietly(tmp_path: Path, bad: float) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_bars_of_errors_reach_both_ends_of_an_interval_that_is_not_symmetric() -> None:
+    def drawn(error: float | tuple[float, float]) -> str:
+        return bar_chart(["a", "b"], {"s": [1.0, 2.0]}, xlabel="x", errors={"s": [error, None]})
+
+    even, uneven = drawn(0.3), drawn((0.1, 0.3))
+    assert even == drawn((0.3, 0.3))
+    assert uneven not in (even, drawn(0.1), drawn((0.3, 0.1)))
+    with pytest.raises(NonFiniteError, match="'s'"):
+        drawn((0.1, float("nan")))
+
+
 def test_each_table_is_a_file_of_its_own_and_none_of_a_replaced_report_stays(tmp_path: Path) -> None:
     times = Table("Time, s: à la carte", ["method", "seconds"], [['a "b"', 3]])
     same = Table("time s a la carte?", ["x"], [])

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.audits.sources.sources import ALL, PROPONENTS, Sources
+from forebear.evaluation.audits.sources.sources import ALL, ERRORS, PROPONENTS, Sources
 from forebear.evaluation.common.comparisons import provenance, question_record
 from forebear.evaluation.common.inputs import Inputs
 from forebear.evaluation.common.passages import row_cells
+from forebear.evaluation.common.statistics import FEW_VALUES
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
 from forebear.evaluation.worklists.items import WorkList
@@ -25,17 +26,19 @@ HEADS = (
     *("source", "rows", "share of rows"),
     *("worth", "worth, 95% low", "worth, 95% high", "difference", "difference, 95% low", "difference, 95% high"),
     *("p", "p of all", "p in labels", "share of errors", "errors, 95% low", "errors, 95% high", "errors, p of all"),
+    "errors, p in labels",
     *("rise without", "rise, 95% low", "rise, 95% high", "gain without", "gain, 95% low", "gain, 95% high"),
 )
 MEANING = (
     f"Worth: by how many thousandths of a nat the mean loss of the test rows rises without {PER} average rows of the "
     "source, to first order; below 0 it falls: they harm. Difference: the worth less that of as many others, which "
     "does not grow with the source. p: of the difference where rows are shuffled among the sources; p of all: "
-    "corrected for their number; p in labels: shuffled among rows of the same label, so that a source is not blamed "
-    "for its mix of labels. p takes the test rows as they are; intervals are of other test rows, too, and may hold 0 "
-    f"where p is small. Share of errors: of the source among the first {PROPONENTS} proponents of wrong predictions, "
-    "to be held against its share of rows, with p of that. Rise, gain: of the test rows' mean loss, in nats, and of "
-    "their accuracy when the head is refitted without the whole source."
+    "corrected for their number; p in labels: the same, shuffled among rows of the same label, so that a source is not "
+    "blamed for its mix of labels. p takes the test rows as they are; intervals are of other test rows, too, and may "
+    f"hold 0 where p is small; sources of fewer than {FEW_VALUES} rows have none. Share of errors: of the source among "
+    f"the first {PROPONENTS} proponents of wrong predictions, to be held against its share of rows, with p of that. "
+    "Rise, gain: of the test rows' mean loss, in nats, and of their accuracy when the head is refitted without the "
+    "whole source."
 )
 
 
@@ -61,9 +64,9 @@ def sources_report(found: Sources, inputs: Inputs, n_listed: int) -> tuple[Repor
 
 
 def sources_list(found: Sources, index: Index, n_listed: int) -> WorkList:
-    """The rows of the worst source that harm most, as a work list; empty where it is worse by chance alone."""
-    worst, p = found.worst
-    name, places = found.grouping.names[worst], _harmful(found, n_listed if p <= LEVEL else 0)
+    """The rows of the worst source that harm most, as a work list; empty where chance or its labels may explain it."""
+    worst = found.worst
+    name, places = found.grouping.names[worst.number], _harmful(found, n_listed if worst.p <= LEVEL else 0)
     rises = found.scores[places] / len(found.scores)
     reasons = [
         f"of {found.grouping.column} = {name}; without the row the mean test loss falls by {-rise:.2g} nats"
@@ -75,26 +78,30 @@ def sources_list(found: Sources, index: Index, n_listed: int) -> WorkList:
 
 def _harmful(found: Sources, n_listed: int) -> np.ndarray:
     """Positions of the worst source's rows that harm, the most harmful first."""
-    own = np.flatnonzero(found.grouping.numbers == found.worst[0])
+    own = np.flatnonzero(found.grouping.numbers == found.worst.number)
     order = own[np.argsort(found.scores[own], kind="stable")]
     return np.asarray(order[found.scores[order] < 0][:n_listed])
 
 
 def _summary(found: Sources) -> str:
     n, one, column = len(found.scores), found.worths[ALL], found.grouping.column
-    (worst, p), best = found.worst, int(found.order[-1])
-    name, size = found.grouping.names[worst], int(found.sizes[worst])
-    by = "worth"
-    if found.errors is not None and found.errors.chance.p_of_all[worst] < found.chance.p_of_all[worst]:
-        by = "share of what is behind errors"
-    stated = f"{p:.2g}, of its {by}, corrected for {len(found.sizes):,} sources"
+    first = found.worst
+    worst, name, size = first.number, found.grouping.names[first.number], int(found.sizes[first.number])
+    by = "share of what is behind errors" if first.by == ERRORS else "worth"
+    tests = f"{len(found.sizes):,} sources" + ("" if found.errors is None else " and two questions")
+    stated = f"{first.p:.2g}, of its {by}, beside all rows and beside rows of its labels, corrected for {tests}"
     parts = [f"Look first at {column} = {name}: p = {stated}."]
-    if p > LEVEL:
-        parts = [f"No {column} differs from the others by more than chance; the least p has {name}: {stated}."]
-    low, high = one.intervals[:, worst] * PER / n
+    if first.p > LEVEL:
+        parts = [
+            f"No {column} differs from the others by more than chance and its mix of labels; the least p has {name}: "
+            f"{stated}."
+        ]
+    n_rows, of = min(PER, size), f"{PER} of its {size:,} rows are" if size > PER else f"Its {size} rows are"
+    low, high = one.intervals[:, worst] * n_rows / n
+    between = "" if np.isnan(low) else f" (95% interval {low:+.2g} to {high:+.2g})"
     parts.append(
-        f"{PER} of its {size:,} rows are worth {one.differences[worst] * PER / n:+.2g} nats of the mean test loss "
-        f"beside {PER} others (95% interval {low:+.2g} to {high:+.2g})."
+        f"{of if size > 1 else 'Its one row is'} worth {one.differences[worst] * n_rows / n:+.2g} nats of the mean "
+        f"test loss beside as many others{between}."
     )
     if found.errors is not None:
         share = found.errors.shares[worst].mean
@@ -105,7 +112,7 @@ def _summary(found: Sources) -> str:
             f"Without all of it the accuracy is predicted to change by {100 * out.gain.mean:+.1f} points, the mean "
             f"loss by {out.rise.mean:+.3g} nats."
         )
-    return f"{' '.join(parts)} A row is worth most of {found.grouping.names[best]}."
+    return f"{' '.join(parts)} On the average a row is worth most of {found.grouping.names[found.best]}."
 
 
 def _rows_table(found: Sources, index: Index, n_listed: int) -> Table:
@@ -120,7 +127,7 @@ def _rows_table(found: Sources, index: Index, n_listed: int) -> Table:
         ]
         for i, row in enumerate(rows.tolist())
     ]  # fmt: skip
-    name = found.grouping.names[found.worst[0]]
+    name = found.grouping.names[found.worst.number]
     note = "Rise: of the test rows' mean loss, in nats, when the row is left out; below 0 the row harms."
     heads = ["row", "label", "prediction", "rise", "loss", *columns]
     return Table(f"Rows of {name} that harm most", heads, lines, note)
@@ -133,13 +140,13 @@ def _sources_table(found: Sources, inputs: Inputs) -> Table:
     for m in found.order.tolist():
         cells: list[Cell] = [found.grouping.names[m], int(found.sizes[m]), float(found.sizes[m] / n)]
         for value, interval in ((one.means, one.mean_intervals), (one.differences, one.intervals)):
-            cells += [float(value[m] * scale), *(float(end) for end in interval[:, m] * scale)]
-        cells += [float(found.chance.p[m]), float(found.chance.p_of_all[m]), float(found.chance_in_labels.p[m])]
+            cells += [float(value[m] * scale), *_ends(interval[:, m] * scale)]
+        cells += [float(found.chance.p[m]), float(found.chance.p_of_all[m]), float(found.chance_in_labels.p_of_all[m])]
         if found.errors is None:
-            cells += [None] * 4
+            cells += [None] * 5
         else:
-            share, p = found.errors.shares[m], found.errors.chance.p_of_all[m]
-            cells += [share.mean, share.low, share.high, float(p)]
+            share, both = found.errors.shares[m], (found.errors.chance, found.errors.chance_in_labels)
+            cells += [share.mean, share.low, share.high, *(float(test.p_of_all[m]) for test in both)]
         out = found.left_out.get(m)
         for mean in (None if out is None else out.rise, None if out is None else out.gain):
             cells += [None] * 3 if mean is None else [mean.mean, mean.low, mean.high]
@@ -150,12 +157,16 @@ def _sources_table(found: Sources, inputs: Inputs) -> Table:
     return Table(f"Sources by {found.grouping.column}", HEADS, lines, f"{note} Test rows: {len(inputs.queries):,}.")
 
 
+def _ends(interval: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(end) else float(end) for end in interval]
+
+
 def _parts_table(found: Sources, n: int) -> Table:
     scale = SMALL * PER / n
     lines: list[list[Cell]] = []
     for name, one in found.worths.items():
         for m in found.order.tolist():
-            ends = [float(end) for end in one.intervals[:, m] * scale]
+            ends = _ends(one.intervals[:, m] * scale)
             cells: list[Cell] = [
                 name,
                 found.n_test[name],
@@ -177,11 +188,15 @@ def _figure(found: Sources) -> Figure:
     if len(order) > MOST_BARS:
         order = np.r_[order[: MOST_BARS // 2], order[-MOST_BARS // 2 :]]
     values = one.differences[order] * SMALL * PER / n
-    halves = (one.intervals[1] - one.intervals[0])[order] * SMALL * PER / n / 2
+    ends = one.intervals[:, order].T * SMALL * PER / n
+    bars = [
+        None if np.isnan(low) else (max(0.0, value - low), max(0.0, high - value))
+        for value, (low, high) in zip(values.tolist(), ends.tolist(), strict=True)
+    ]
     drawing = bar_chart(
         [found.grouping.names[m] for m in order.tolist()], {"difference": values.tolist()},
-        xlabel=f"worth of {PER} rows beside {PER} others, thousandths of a nat", errors={"difference": halves.tolist()},
-        digits=2,
+        xlabel=f"worth of {PER} rows beside {PER} others, thousandths of a nat", digits=2,
+        errors={"difference": bars},
     )  # fmt: skip
     return Figure("Worth of sources", drawing, "Below 0: rows that are worse than the others. Bars: 95% intervals.")
 
@@ -194,14 +209,23 @@ def _record(found: Sources, inputs: Inputs) -> dict[str, Any]:
         "order": found.order,
         "sizes": found.sizes,
         "n_test": found.n_test,
-        "worths": {name: vars(one) for name, one in found.worths.items()},
+        "worths": {
+            name: vars(one) | {of: [_ends(ends) for ends in vars(one)[of]] for of in ("mean_intervals", "intervals")}
+            for name, one in found.worths.items()
+        },
         "p": found.chance.p,
         "p_of_all": found.chance.p_of_all,
         "p_in_labels": found.chance_in_labels.p,
+        "p_of_all_in_labels": found.chance_in_labels.p_of_all,
+        "worst": vars(found.worst),
         "n_shuffles": found.chance.n_shuffles,
         "errors": None
         if found.errors is None
-        else {"shares": [vars(mean) for mean in found.errors.shares], "p_of_all": found.errors.chance.p_of_all},
+        else {
+            "shares": [vars(mean) for mean in found.errors.shares],
+            "p_of_all": found.errors.chance.p_of_all,
+            "p_of_all_in_labels": found.errors.chance_in_labels.p_of_all,
+        },
         "left_out": {
             found.grouping.names[m]: None if out is None else {"rise": vars(out.rise), "gain": vars(out.gain)}
             for m, out in found.left_out.items()

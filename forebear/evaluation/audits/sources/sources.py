@@ -25,8 +25,10 @@ from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 
 ALL, WRONG = "all", "wrong"
+WORTH, ERRORS = "worth", "errors"  # questions by which a source is the worst
 PROPONENTS = 10  # of each wrong prediction, among which the sources' shares are counted
 BLOCK_ROWS = 8192
+BLOCK_NUMBERS = 1 << 22  # products of rows and matrices that are held at once
 LEAST_ROWS = 2  # of a source, on the average: with fewer the column names rows, not sources
 
 
@@ -50,10 +52,28 @@ class BehindErrors:
     Attributes:
         shares: Share of each source among them, ``(m,)``.
         chance: p of a share that is not that of the source's rows.
+        chance_in_labels: The same where rows are shuffled among those of the same label.
     """
 
     shares: list[Mean]
     chance: Chance
+    chance_in_labels: Chance
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The source to look at first.
+
+    Attributes:
+        number: Its number.
+        p: The larger of p among all rows and p among rows of the same label, corrected for the number of sources and,
+            where there are errors, for the two questions.
+        by: The question that has this p: ``worth`` or ``errors``.
+    """
+
+    number: int
+    p: float
+    by: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,20 +103,27 @@ class Sources:
     left_out: dict[int, LeftOut | None]
 
     @property
-    def worst(self) -> tuple[int, float]:
-        """Number of the source to look at first, and its p, corrected for the number of sources and for the two tests.
+    def worst(self) -> Worst:
+        """The source to look at first.
 
         Of the sources that are worth less than the others, or stand behind more errors than their share of rows, the
-        one of the least p; by ties and where there is none the first of ``order``.
+        one of the least p; by ties and where there is none the first of ``order``. A source is less or more, and its p
+        small, only where it is so both among all rows and among rows of the same labels: no source is blamed for the
+        labels that it drew.
         """
         order = self.order
-        p = np.where(self.worths[ALL].differences < 0, self.chance.p_of_all, 1.0)
+        tests = {WORTH: _p_of_both(self.chance, self.chance_in_labels, -1)}
         if self.errors is not None:
-            shares = np.array([mean.mean for mean in self.errors.shares])
-            above = shares > self.sizes / self.sizes.sum()
-            p = np.minimum(1.0, 2 * np.minimum(p, np.where(above, self.errors.chance.p_of_all, 1.0)))
-        first = int(order[np.argmin(p[order])])
-        return first, float(p[first])
+            tests[ERRORS] = _p_of_both(self.errors.chance, self.errors.chance_in_labels, 1)
+        p = np.stack(list(tests.values()))
+        first = int(order[np.argmin(p.min(axis=0)[order])])
+        by = list(tests)[int(np.argmin(p[:, first]))]
+        return Worst(first, min(1.0, len(tests) * float(p[:, first].min())), by)
+
+    @property
+    def best(self) -> int:
+        """Number of the source whose rows are worth most on the average."""
+        return int(np.argmax(self.worths[ALL].means))
 
     @property
     def order(self) -> np.ndarray:
@@ -104,6 +131,12 @@ class Sources:
         n = self.sizes.sum()
         unusual = self.worths[ALL].differences * np.sqrt(self.sizes * (1 - self.sizes / n))
         return np.argsort(unusual, kind="stable")
+
+
+def _p_of_both(among_all: Chance, in_labels: Chance, sign: int) -> np.ndarray:
+    """The larger p of the two, corrected for the number of sources; 1 where either points the other way, ``(m,)``."""
+    points = np.minimum(sign * among_all.unusual, sign * in_labels.unusual) > 0
+    return np.where(points, np.maximum(among_all.p_of_all, in_labels.p_of_all), 1.0)
 
 
 def check_sources(grouping: Grouping) -> None:
@@ -204,8 +237,13 @@ def _by_test_row(refits: HeadRefits, grouping: Grouping, forward: Forward, gold:
 def _products(residuals: np.ndarray, features: np.ndarray, matrices: np.ndarray) -> np.ndarray:
     """<r_n outer f_n, M_s> of rows and matrices ``(s, a, h)``: ``(n, s)``."""
     s, a, h = matrices.shape
-    at_logits = (features.astype(np.float64) @ matrices.reshape(s * a, h).T).reshape(len(features), s, a)
-    return np.asarray(np.einsum("nsa,na->ns", at_logits, residuals))
+    flat, found = matrices.reshape(s * a, h).T, np.empty((len(features), s))
+    step = max(1, BLOCK_NUMBERS // (s * a))
+    for start in range(0, len(features), step):
+        block = slice(start, start + step)
+        at_logits = (features[block].astype(np.float64) @ flat).reshape(-1, s, a)
+        found[block] = np.einsum("nsa,na->ns", at_logits, residuals[block])
+    return found
 
 
 def _scores(
@@ -236,7 +274,9 @@ def _errors(
         counts.append((grouping.numbers[places][:, :, None] == np.arange(len(grouping))).mean(axis=1))
         np.add.at(of_rows, places, 1.0)
     shares = [mean_of(values, seed) for values in np.concatenate(counts).T]
-    return BehindErrors(shares, chance(of_rows, grouping.numbers, None, seed))
+    labels = retriever.index.labels[grouping.live]
+    tests = [chance(of_rows, grouping.numbers, strata, seed) for strata in (None, labels)]
+    return BehindErrors(shares, *tests)
 
 
 def _without(refits: HeadRefits, predictions: Predictions, rows: np.ndarray, seed: int) -> LeftOut | None:
