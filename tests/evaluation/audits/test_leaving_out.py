@@ -199,6 +199,7 @@ def test_a_row_that_was_decided_to_stay_is_not_taken_for_an_equal_one_that_went(
     assert named(first, item(5, "remove", 1)) == ([7, 11], [])  # of an older index, where it was row 1
     assert named(first, item(5, "remove", 1), item(11, "keep")) == ([7], ["row 1"])
     assert named(first, item(5, "remove", 1), item(5, "relabel", 0)) == ([7], ["row 1"])  # both moved
+    assert named(first, item(5, "remove", 1), item(8, "keep", 11)) == ([7], ["row 1"])  # a number that stays
     assert named(first, item(2, "remove", 1)) == ([2, 7], [])  # not row 9, whose label is another
     assert named(item(7), item(3, row=4)) == ([3, 7], [])
     with pytest.raises(InputError, match="row 7 is decided both to go and to stay"):
