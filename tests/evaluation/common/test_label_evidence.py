@@ -184,6 +184,13 @@ def test_written_labels_and_chances_are_those_of_slow_loops():
         np.testing.assert_allclose(found[i], [term / sum(terms) for term in terms])
 
 
+def test_equal_probabilities_reach_their_mean():
+    """The mean of three times 0.1 is above 0.1 in floating point."""
+    written, share = written_labels(np.full((3, 2), 0.1), np.zeros(3, int))
+    np.testing.assert_allclose(written, [[4 / 5, 1 / 5], [1 / 2, 1 / 2]])
+    assert share == pytest.approx(0.5 / 3)
+
+
 def test_shifted_probabilities_have_the_mean_and_the_order():
     chances = np.array([0.9, 0.2, 0.01, 1e-9, 0.5])
     found = with_mean(np.log(chances / (1 - chances)), 0.15)
