@@ -24,8 +24,8 @@ class Doubts:
         majority: Of one label a row the most frequent label of the neighbours; the row's own wins a tie, then the lower
             id. Of several labels the same for each of them; of numbers the neighbours' median.
         suggested: Another target: what the model predicts where that is not the row's label, else what most neighbours
-            have where that is not; -1 or NaN where there is none. `audit mislabelled` puts the likeliest other label by
-            all evidence in its place, also where the evidence alone is for another. Of several labels the row's own
+            have where that is not; -1 or NaN where there is none. The audit puts the likeliest other label by all
+            evidence in its place, also where the evidence alone is for another. Of several labels the row's own
             with the doubted one changed; of numbers the prediction.
         is_suggested: Whether another target is suggested, ``(n,)`` bool.
         doubted: Number of the doubted label, ``(n,)``; None where rows have not several labels.
