@@ -181,7 +181,7 @@ def item_of(record: Mapping[str, Any]) -> Item:
 
 def text_digest(texts: Iterable[str]) -> str:
     """A name for the texts of a row, in the order of encoding: same texts, same name, whatever the file's format."""
-    content = json.dumps(list(texts), ensure_ascii=False).encode("utf-8", "surrogatepass")
+    content = json.dumps(list(texts), ensure_ascii=False, allow_nan=False).encode("utf-8", "surrogatepass")
     return f"sha256:{hashlib.sha256(content).hexdigest()[:16]}"
 
 

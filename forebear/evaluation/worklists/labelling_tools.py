@@ -35,7 +35,10 @@ def labels_of(work_list: WorkList) -> list[str]:
 def as_label_studio(work_list: WorkList) -> str:
     """Tasks with predictions; a suggestion is a prediction, its score the probability where that was measured."""
     first, names = _first_column(work_list), _fact_names(work_list)
-    return json.dumps([_task(item, first, names) for item in work_list], ensure_ascii=False, indent=1) + "\n"
+    return (
+        json.dumps([_task(item, first, names) for item in work_list], ensure_ascii=False, allow_nan=False, indent=1)
+        + "\n"
+    )
 
 
 def _task(item: Item, to_name: str, names: Mapping[str, str]) -> dict[str, Any]:
@@ -80,7 +83,7 @@ def as_argilla(work_list: WorkList) -> str:
             "responses": {},
             "vectors": {},
         })  # fmt: skip
-    return json.dumps(records, ensure_ascii=False, indent=1) + "\n"
+    return json.dumps(records, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
 
 def _fact_names(work_list: WorkList) -> dict[str, str]:

@@ -486,7 +486,7 @@ def test_json_that_is_written_holds_no_nan():
         Path(forebear.__file__).parent / "indexer" / "rows"
     )  # reads others' files: what it dumps is digested or shown
     for path in sorted(Path(forebear.__file__).parent.rglob("*.py")):
-        if room in path.parents:
+        if room in path.parents or path.name == "training_files.py":  # which keeps what others' files hold
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dumps", "json.dump"):

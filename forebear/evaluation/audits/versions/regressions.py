@@ -1,12 +1,13 @@
 """``audit regressions``: test rows that a model has wrong and the version before it had right, and the rows behind.
 
-Every live training row is scored for the wrong prediction of each regressed test row, and the scores are summed over
-groups of test rows that the same changed rows drive. Among the rows that were added, relabelled or copied since the
-version before, those of the largest sums are the first to look at.
+Every live training row is scored for the prediction of each regressed test row, and the scores are summed over groups
+of test rows that the same changed rows drive. Among the rows that were added, relabelled or copied since the version
+before, those of the largest sums are the first to look at.
 
-A row that drives every prediction of a label is no cause of a regression. Its mean score over the rows that kept that
-right prediction, times the number of regressed rows, is therefore taken off: what is left is what it does to the
-regressed rows beyond what it does to others of the same prediction.
+A row that drives every prediction of a label is no cause of a regression. What it does to rows that kept that right
+prediction is therefore taken off. Scores for a sure prediction are small, so this is reckoned in units of the mean
+absolute score that all rows have for a test row: of each score the mean over the kept rows, in their units, times the
+regressed row's own unit.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from forebear.evaluation.audits.versions.row_changes import RowChanges
 from forebear.evaluation.common.queries import QueryRows
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.sampling import live_sample
+from forebear.ratio import ratio
 from forebear.retriever.question.spec import Question
 from forebear.retriever.retriever import Retriever
 
@@ -80,7 +83,7 @@ class Cause:
         before: The prediction before, that they share.
         after: The prediction now, that they share.
         members: Positions of the test rows, ascending.
-        scores: Of every live training row, ``(n,)`` float64: the sum over the members, less what is expected by
+        scores: Of every changed training row, ``(m,)`` float64: the sum over the members, less what is expected by
             the rows that kept the prediction.
     """
 
@@ -99,7 +102,9 @@ class Regressions:
         predicted: What both versions predict.
         changes: The live training rows beside those of the version before.
         causes: Groups of the test rows of a kind of change (:data:`REGRESSED`, :data:`IMPROVED`), the largest first.
-        scores: Of every live training row by kind of change, ``(n,)``: the sum over all its groups.
+        scores: Of every changed training row by kind of change, ``(m,)``: the sum over all its groups. Of a method
+            whose scores are s, a test row adds s less what is expected, in the unit of the method.
+        compared: Labels by id of whose right predictions some stayed right; for others nothing is taken off.
         shares: By kind of change: of each of its test rows the share of the changed training rows in all rows' absolute
             scores, ``(m,)``; ``kept`` has those of the sampled rows that stayed right.
     """
@@ -108,13 +113,18 @@ class Regressions:
     changes: RowChanges
     causes: dict[str, tuple[Cause, ...]]
     scores: dict[str, np.ndarray]
+    compared: frozenset[int]
     shares: dict[str, np.ndarray]
 
     def ranked(self, kind: str) -> np.ndarray:
-        """Positions of the changed rows that support a kind of change, by falling score; ties: the lower row number."""
-        scores = self.scores[kind]
-        candidates = np.flatnonzero(self.changes.changed & (scores > 0))
-        return np.asarray(candidates[np.argsort(-scores[candidates], kind="stable")])
+        """Places among the changed rows of those that support a kind of change; see :func:`supporting`."""
+        return supporting(self.scores[kind])
+
+
+def supporting(scores: np.ndarray) -> np.ndarray:
+    """Places of the scores above 0, by falling score; ties: the lower place."""
+    order = np.argsort(-scores, kind="stable")
+    return np.asarray(order[scores[order] > 0])
 
 
 def predicted_by_both(
@@ -148,7 +158,7 @@ def regressions(
     seed: int = 0,
     progress: Progress = lambda *_: None,
 ) -> Regressions:
-    """Score every live row for the test rows that changed, and group these by the changed rows that drive them.
+    """Score the changed rows for the test rows that changed, and group these by the changed rows that drive them.
 
     Args:
         retriever: Over the later version's index.
@@ -170,15 +180,16 @@ def regressions(
             f"{predicted.queries.source}: both versions have the same of {len(predicted.gold)} test rows right. There "
             "is nothing to explain."
         )
-    n, shares = len(changes.rows), {}
+    n_changed, shares = int(changes.changed.sum()), {}
     kept = np.sort(np.concatenate([
         live_sample(predicted.kept[predicted.gold[predicted.kept] == label], MOST_KEPT, seed)
         for label in range(len(retriever.label_names))
     ]))  # fmt: skip
-    means, counts = np.zeros((len(retriever.label_names), n)), np.bincount(predicted.gold[kept])
+    means, counts = np.zeros((len(retriever.label_names), n_changed)), np.bincount(predicted.gold[kept])
     shares[KEPT] = np.zeros(len(kept))
-    for block, scores in _scored(retriever, question, predicted, kept, "rows that stayed right", progress):
-        shares[KEPT][block] = _changed_shares(scores, changes)
+    scored = partial(_scored, retriever, question, predicted, changes)
+    for block, scores, _, share in scored(kept, "rows that stayed right", progress):
+        shares[KEPT][block] = share
         labels = predicted.gold[kept[block]]
         for label in np.unique(labels).tolist():
             means[label] += scores[labels == label].sum(axis=0) / counts[label]
@@ -189,41 +200,46 @@ def regressions(
         kinds = np.stack([predicted.gold, predicted.before, predicted.after], axis=1)[members]
         for gold, before, after in np.unique(kinds, axis=0).tolist():
             places = np.flatnonzero((kinds == (gold, before, after)).all(axis=1))
-            excess = np.empty((len(places), n), np.float32)
-            stage = f"rows that {kind}"
-            for block, scores in _scored(retriever, question, predicted, members[places], stage, progress):
-                shares[kind][places[block]] = _changed_shares(scores, changes)
-                excess[block] = scores - means[after]
-            numbers = alike(_largest(excess[:, changes.changed]))
+            excess = np.empty((len(places), n_changed), np.float32)
+            for block, scores, sizes, share in scored(members[places], f"rows that {kind}", progress):
+                shares[kind][places[block]] = share
+                excess[block] = sizes * (scores - means[after])
+            numbers = alike(_largest(excess))
             for number in range(numbers.max() + 1):
                 own, sums = members[places[numbers == number]], excess[numbers == number].sum(axis=0, dtype=np.float64)
                 found.append(Cause(gold=gold, before=before, after=after, members=own, scores=sums))
         causes[kind] = tuple(sorted(found, key=lambda cause: (-len(cause.members), cause.gold, cause.after)))
-        summed[kind] = np.sum([cause.scores for cause in found], axis=0) if found else np.zeros(n)
-    return Regressions(predicted=predicted, changes=changes, causes=causes, scores=summed, shares=shares)
+        summed[kind] = np.sum([cause.scores for cause in found], axis=0) if found else np.zeros(n_changed)
+    return Regressions(
+        predicted=predicted, changes=changes, causes=causes, scores=summed, shares=shares,
+        compared=frozenset(np.flatnonzero(counts).tolist()),
+    )  # fmt: skip
 
 
 def _scored(
     retriever: Retriever,
     question: Question,
     predicted: Predicted,
+    changes: RowChanges,
     positions: np.ndarray,
     stage: str,
     progress: Progress,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Scores of all live rows for some test rows, a block at a time: places among them ``(b,)``, scores ``(b, n)``."""
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Scores of the changed rows for some test rows, a block of these at a time.
+
+    Yields:
+        Places among the test rows ``(b,)``; scores over the mean absolute score of all live rows ``(b, m)``; that mean
+        ``(b, 1)``; the share of the changed rows in all rows' absolute scores ``(b,)``, 0 where all are 0.
+    """
     for start in range(0, len(positions), _BLOCK_ROWS):
         block = np.arange(start, min(start + _BLOCK_ROWS, len(positions)))
         rows = predicted.queries.take(positions[block])
-        yield block, retriever.score_block(rows.texts, rows.labels, question)[question.methods[0].name]
+        scores = retriever.score_block(rows.texts, rows.labels, question)[question.methods[0].name]
+        sizes = np.abs(scores).mean(axis=1, keepdims=True)
+        of_changed = scores[:, changes.changed]
+        share = ratio(np.abs(of_changed).sum(axis=1), sizes[:, 0] * scores.shape[1])
+        yield block, ratio(of_changed, sizes), sizes, share
         progress(stage, int(block[-1]) + 1, len(positions))
-
-
-def _changed_shares(scores: np.ndarray, changes: RowChanges) -> np.ndarray:
-    """Share of the changed rows in all rows' absolute scores, ``(m,)``; 0 where all are 0."""
-    sizes = np.abs(scores)
-    whole = sizes.sum(axis=1)
-    return np.asarray(sizes[:, changes.changed].sum(axis=1) / np.where(whole > 0, whole, 1.0))
 
 
 def _largest(scores: np.ndarray) -> np.ndarray:

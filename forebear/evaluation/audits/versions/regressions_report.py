@@ -13,6 +13,7 @@ from forebear.evaluation.audits.versions.regressions import (
     Cause,
     Predicted,
     Regressions,
+    supporting,
     words_apart,
 )
 from forebear.evaluation.audits.versions.row_changes import KINDS, NO_ROW, RELABELLED
@@ -69,7 +70,8 @@ def regressions_report(
     ]
     n, p = len(predicted.gold), mcnemar(predicted)
     interval = "" if difference.low is None else f", 95% interval {difference.low:+.4f} to {difference.high:+.4f}"
-    first = "No changed row drives them" if not len(ranked) else f"Row {changes.rows[ranked[0]]} is first among them"
+    rows = changes.of_changed.rows
+    first = "No changed row drives them" if not len(ranked) else f"Row {rows[ranked[0]]} is first among them"
     report = Report(
         "Regressions between two versions",
         f"{len(predicted.regressed):,} of {n:,} test rows were right and are wrong, {len(predicted.improved):,} were "
@@ -91,7 +93,7 @@ def regressions_report(
         "found": {
             kind: {
                 "test_rows": asked.queries.rows[getattr(predicted, kind)],
-                "rows": changes.rows[found.ranked(kind)],
+                "rows": rows[found.ranked(kind)],
                 "scores": found.scores[kind][found.ranked(kind)],
                 "causes": [
                     {**_labels(cause, asked), "test_rows": asked.queries.rows[cause.members]}
@@ -119,11 +121,11 @@ def _first_cause(found: Regressions, kind: str, position: int) -> tuple[int, Cau
 
 
 def _rows_table(found: Regressions, index: Index, ranked: np.ndarray, kind: str, asked: Inputs) -> Table:
-    changes = found.changes
+    changes = found.changes.of_changed
     rows = changes.rows[ranked]
     texts = {f"text: {name}": column.to_pylist() for name, column in index.texts(rows).items()}
     columns = row_columns(index, rows)
-    labels, total = index.label_texts(rows), float(np.abs(found.scores[kind][changes.changed]).sum())
+    labels, total = index.label_texts(rows), float(np.abs(found.scores[kind]).sum())
     lines: list[list[Cell]] = []
     for i, position in enumerate(ranked.tolist()):
         number, _ = _first_cause(found, kind, position)
@@ -138,14 +140,17 @@ def _rows_table(found: Regressions, index: Index, ranked: np.ndarray, kind: str,
             number,
         ]
         lines.append([*cells, None if matched == NO_ROW else matched, *(c[i] for c in (texts | columns).values())])
-    method = asked.question.methods[0].name
+    method, label_names = asked.question.methods[0].name, asked.retriever.label_names
+    alone = sorted({cause.after for cause in found.causes[kind]} - found.compared)
+    nothing = f" No row of {', '.join(label_names[k] for k in alone)} stayed right: nothing is taken off there."
     return Table(
         f"Changed training rows behind the rows that {kind}",
         ["rank", "row", "change", "label", "score", "share", "cause", "row before", *texts, *columns],
         lines,
         f"New, copied or relabelled rows by {method}, summed over the {len(getattr(found.predicted, kind)):,} test "
-        f"rows ({_SAID[kind]}), less what is expected by rows of the same prediction that stayed right. Share: of the "
-        "changed rows' absolute scores. Cause: the group of test rows that the row adds most to.",
+        f"rows ({_SAID[kind]}), less what is expected by rows of the same prediction that stayed right."
+        f"{nothing if alone else ''} Share: of the changed rows' absolute scores. Cause: the group of test rows that "
+        "the row adds most to.",
     )
 
 
@@ -154,7 +159,7 @@ def _causes_table(found: Regressions, asked: Inputs) -> Table:
     for kind in (REGRESSED, IMPROVED):
         for number, cause in enumerate(found.causes[kind], 1):
             names = _labels(cause, asked)
-            top = found.changes.rows[_changed_behind(found, cause)[:SHOWN_ROWS]]
+            top = found.changes.of_changed.rows[supporting(cause.scores)[:SHOWN_ROWS]]
             lines.append([
                 kind, number, names["gold"], names["before"], names["now"], len(cause.members),
                 ", ".join(_words(found, cause, asked)) or None, ", ".join(map(str, top)) or None,
@@ -171,12 +176,6 @@ def _causes_table(found: Regressions, asked: Inputs) -> Table:
 def _words(found: Regressions, cause: Cause, asked: Inputs) -> list[str]:
     others = np.setdiff1d(np.arange(len(asked.queries)), cause.members)
     return words_apart(asked.queries.take(cause.members).texts, asked.queries.take(others).texts)
-
-
-def _changed_behind(found: Regressions, cause: Cause) -> np.ndarray:
-    """Positions of the changed rows that support a cause, the largest score first."""
-    candidates = np.flatnonzero(found.changes.changed & (cause.scores > 0))
-    return np.asarray(candidates[np.argsort(-cause.scores[candidates], kind="stable")])
 
 
 def _test_rows_table(found: Regressions, asked: Inputs) -> Table:
@@ -238,12 +237,12 @@ def _cause_group(found: Regressions, cause: Cause, asked: Inputs, number: int) -
         )
         for p in cause.members[:SHOWN_ROWS]
     ]
-    behind = _changed_behind(found, cause)[:SHOWN_ROWS]
-    rows = found.changes.rows[behind]
+    behind, changes = supporting(cause.scores)[:SHOWN_ROWS], found.changes.of_changed
+    rows = changes.rows[behind]
     passages += row_passages(
         asked.retriever, rows, [f"training row {row}" for row in rows],
         highlighted=[words] * len(rows),
-        notes=[f"{KINDS[found.changes.kinds[p]]}, score {cause.scores[p]:.4g}" for p in behind],
+        notes=[f"{KINDS[changes.kinds[p]]}, score {cause.scores[p]:.4g}" for p in behind],
     )  # fmt: skip
     title = f"{number + 1}. {names['gold']}, now {names['now']}: {len(cause.members):,} test rows"
     return Group(title, passages, f"Words: {', '.join(sorted(words))}." if words else "")
@@ -251,7 +250,7 @@ def _cause_group(found: Regressions, cause: Cause, asked: Inputs, number: int) -
 
 def _work_list(found: Regressions, index: Index, before: Index, ranked: np.ndarray, asked: Inputs) -> WorkList:
     """The ranked rows; of those that were relabelled the label before is suggested."""
-    changes, reasons, suggested = found.changes, [], []
+    changes, reasons, suggested = found.changes.of_changed, [], []
     old = changes.before[ranked]
     old_labels = dict(zip(old[old != NO_ROW].tolist(), before.label_texts(old[old != NO_ROW]), strict=True))
     for position in ranked.tolist():

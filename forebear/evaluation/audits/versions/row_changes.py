@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -50,6 +50,12 @@ class RowChanges:
         """Whether each row is other than in the earlier index, ``(n,)`` bool."""
         return ~self.of_kind(SAME)
 
+    @property
+    def of_changed(self) -> RowChanges:
+        """The same of the changed rows alone."""
+        own = self.changed
+        return replace(self, rows=self.rows[own], kinds=self.kinds[own], before=self.before[own])
+
 
 def check_versions(index: Index, before: Index) -> None:
     """Refuse two indexes that are no versions of one another.
@@ -63,10 +69,11 @@ def check_versions(index: Index, before: Index) -> None:
             f"{before.folder} is the same index as {index.folder}. Name the index of the version before (--before)."
         )
     new, old = index.manifest.spec, before.manifest.spec
-    if len(new.text_columns) != len(old.text_columns):
+    columns = [tuple(one.text_columns) for one in (new, old)]
+    if len(columns[0]) != len(columns[1]) or (columns[0] != columns[1] and set(columns[0]) == set(columns[1])):
         raise MismatchError(
-            f"{before.folder} has {len(old.text_columns)} text columns, {index.folder} has {len(new.text_columns)}; "
-            "expected two versions of one model."
+            f"{before.folder} has the text columns {', '.join(columns[1])}; expected those of {index.folder}, "
+            f"{', '.join(columns[0])}, in the same order."
         )
     if set(new.label_names) != set(old.label_names):
         raise MismatchError(

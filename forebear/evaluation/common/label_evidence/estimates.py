@@ -42,7 +42,9 @@ def first_equal(index: Index, rows: np.ndarray) -> np.ndarray:
         if index.manifest.without_texts:
             contents = [row.tobytes() for row in index.features().take(block)]
         else:
-            contents = [json.dumps(texts).encode() for texts in zip(*index.text_lists(block), strict=True)]
+            contents = [
+                json.dumps(texts, allow_nan=False).encode() for texts in zip(*index.text_lists(block), strict=True)
+            ]
         digests[start : start + len(block)] = [hashlib.blake2b(one, digest_size=16).digest() for one in contents]
     _, firsts, kinds = np.unique(digests, return_index=True, return_inverse=True)
     return np.asarray(firsts[kinds])
