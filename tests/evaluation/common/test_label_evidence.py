@@ -296,7 +296,7 @@ def test_heads_of_too_many_labels_are_not_refitted_and_the_page_says_so(bert_wor
     assert estimates.can_refit(60, width, 2)
     assert not estimates.can_refit(60, width, estimates.MOST_WORK)
     monkeypatch.setattr(estimates, "MOST_WORK", 60 * width * 2 - 1)
-    monkeypatch.setattr(estimates, "out_of_fold", None)
+    monkeypatch.setattr("forebear.evaluation.common.label_evidence.evidence.out_of_fold", None)
     found = suspects(retriever, spec)
     assert "out-of-fold" not in found.names
     assert {"mean probability", "votes"} < set(found.names)
