@@ -6,14 +6,13 @@ text and each figure; all others are in `FIRST` and `LAST`.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from forebear.errors import InputError
+from forebear.indexer.rows.row_source import texts_sha256
 
 DECISIONS: Final = ("relabel", "remove", "quarantine", "keep")
 OF_LABEL: Final = "probability of the label"  # the figure of the evidence: by the model
@@ -180,9 +179,8 @@ def item_of(record: Mapping[str, Any]) -> Item:
 
 
 def text_digest(texts: Iterable[str]) -> str:
-    """A name for the texts of a row, in the order of encoding: same texts, same name, whatever the file's format."""
-    content = json.dumps(list(texts), ensure_ascii=False, allow_nan=False).encode("utf-8", "surrogatepass")
-    return f"sha256:{hashlib.sha256(content).hexdigest()[:16]}"
+    """A name for the texts of a row: same texts, same name, whatever the file's format."""
+    return f"sha256:{texts_sha256(texts).hex()[:16]}"
 
 
 def _text(record: Mapping[str, Any], name: str) -> str | None:

@@ -8,8 +8,6 @@ together.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +23,7 @@ from forebear.evaluation.common.passages import row_cells, row_columns, row_pass
 from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.reports.report import Cell, Group, Report, Table
 from forebear.indexer.index import Index
+from forebear.indexer.rows.row_source import texts_sha256
 from forebear.retriever.question.models import Models
 from forebear.retriever.retriever import Retriever
 
@@ -158,14 +157,10 @@ def _read_rows(blocks: Iterable[Texts], known: _Numbering) -> _ComparedRows:
     for texts in blocks:
         for row in zip(*texts, strict=True):
             ordered = [" ".join(words_of(text)) or text for text in row]  # a text without words stays as it is
-            same.append(known.same.setdefault(_digest(row), len(known.same)))
-            words.append(known.words.setdefault(_digest(ordered), len(known.words)))
+            same.append(known.same.setdefault(texts_sha256(row), len(known.same)))
+            words.append(known.words.setdefault(texts_sha256(ordered), len(known.words)))
         sets.append(word_sets(texts, known.vocabulary))
     return _ComparedRows(np.array(same), np.array(words), stacked(sets))
-
-
-def _digest(texts: Sequence[str]) -> bytes:
-    return hashlib.blake2b(json.dumps(texts, allow_nan=False).encode(), digest_size=16).digest()
 
 
 def _live_blocks(index: Index) -> Iterator[Texts]:

@@ -8,12 +8,12 @@ row's label, its features have.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 
 import numpy as np
 
 from forebear.indexer.index import Index
+from forebear.indexer.rows.row_source import texts_sha256
 from forebear.indexer.storage.arrow import RowMatrix
 
 FLOOR = 1e-6
@@ -36,16 +36,14 @@ def first_equal(index: Index, rows: np.ndarray) -> np.ndarray:
 
     Where the index holds no texts: with the same features at the last checkpoint, to the bit.
     """
-    digests = np.empty(len(rows), "S16")
+    digests = np.empty(len(rows), "S32")
     for start in range(0, len(rows), _BLOCK_ROWS):
         block = rows[start : start + _BLOCK_ROWS]
         if index.manifest.without_texts:
-            contents = [row.tobytes() for row in index.features().take(block)]
+            found = [hashlib.sha256(features.tobytes()).digest() for features in index.features().take(block)]
         else:
-            contents = [
-                json.dumps(texts, allow_nan=False).encode() for texts in zip(*index.text_lists(block), strict=True)
-            ]
-        digests[start : start + len(block)] = [hashlib.blake2b(one, digest_size=16).digest() for one in contents]
+            found = [texts_sha256(texts) for texts in zip(*index.text_lists(block), strict=True)]
+        digests[start : start + len(block)] = found
     _, firsts, kinds = np.unique(digests, return_index=True, return_inverse=True)
     return np.asarray(firsts[kinds])
 
