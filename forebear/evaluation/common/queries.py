@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from forebear.errors import InputError, NonFiniteError
+from forebear.indexer.rows.files.reader import listed
 from forebear.indexer.rows.row_source import RowSource
 from forebear.indexer.rows.sampling import live_sample
 from forebear.retriever.question.methods import Method
@@ -16,6 +17,8 @@ from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 from forebear.retriever.scores import Scores
 from forebear.retriever.searchers import QUERY_BLOCK_ROWS
+
+MOST_VALUES = 50  # of a column whose values part test rows into groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,23 @@ class QueryRows:
             labels=None if self.labels is None else self.labels[positions],
             table=None if self.table is None else self.table.take(pa.array(positions)),
         )
+
+    def by_value(self, column: str) -> dict[str, np.ndarray]:
+        """The rows of each value of a column, as masks ``(q,)`` by the value as text, in the order of the rows.
+
+        Raises:
+            InputError: The rows have no such column, or it has more than :data:`MOST_VALUES` values.
+        """
+        names = [] if self.table is None else self.table.column_names
+        if self.table is None or column not in names:
+            raise InputError(f"--group-by {column}: {self.source} has no such column; it has {listed(names)}.")
+        values = np.array([str(value) for value in self.table.column(column).to_pylist()])
+        distinct = dict.fromkeys(values.tolist())
+        if len(distinct) > MOST_VALUES:
+            raise InputError(
+                f"--group-by {column}: {len(distinct):,} values in {self.source}; expected at most {MOST_VALUES}."
+            )
+        return {value: values == value for value in distinct}
 
     def blocks(self, size: int = QUERY_BLOCK_ROWS) -> Iterator[QueryRows]:
         """All rows in blocks of ``size``, by default as many as the retriever answers together."""

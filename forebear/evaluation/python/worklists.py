@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from forebear.evaluation.python.opening import Finding, IndexLike, Rows, called,
 from forebear.evaluation.python.retrainings import Retraining, retrainer_of
 from forebear.evaluation.retraining.changes import seeds_of
 from forebear.evaluation.worklists.apply import Applied, apply_work_list, decided
-from forebear.evaluation.worklists.files import ENDINGS, as_bytes, files_of, read_work_list, write_work_list
+from forebear.evaluation.worklists.files import ENDINGS, as_bytes, read_work_list, write_work_list
 from forebear.evaluation.worklists.items import Item, WorkList, text_digest
 from forebear.evaluation.worklists.labelling_tools import EXPORTS, Answered, answers_from, label_studio_config
 from forebear.evaluation.worklists.retraining import Retrained, check_items, retrain_changes, retrained_report
@@ -84,7 +84,6 @@ def apply(
         DataError: The file cannot be read.
     """
     todo = read(work_list) if isinstance(work_list, str | Path) else work_list
-    files = files_of(Path(work_list)) if isinstance(work_list, str | Path) else []
     if isinstance(train, RowSource):
         source, path = train, Path(train.name)
     else:
@@ -92,7 +91,7 @@ def apply(
         source = open_rows(path, need_labels=True, unlabelled=DROP_MARKED, like=format_of(todo))
     if not path.is_file():
         raise InputError(f"--train {path} is no plain file; rows are written back to one file. Name the file.")
-    return apply_work_list(todo, source, path, Path(out), accept=accept, force=force, listed_in=files)
+    return apply_work_list(todo, source, path, Path(out), accept=accept, force=force)
 
 
 def export(work_list: WorkList | str | Path, tool: str, out: str | Path, *, force: bool = False) -> tuple[Path, ...]:
@@ -234,7 +233,8 @@ def begin_retraining(
     seeds = seeds_of(retrainer, how.n_seeds, seed)
     names = np.array(retriever.label_names)[gold]
     groups = {f"label {name}": names == name for name in retriever.label_names if (names == name).any()}
-    groups |= _groups(source, group_by)
+    by_value = {} if group_by is None else tested.by_value(group_by)
+    groups |= {f"{group_by} {value}": mask for value, mask in by_value.items()}
     asked = provenance(
         retriever, QuerySpec(), called("worklists.retrain"), test_rows=f"{tested.source}, {len(tested):,} of them",
         retraining=f"{retrainer.recipe.name}. {retrainer.recipe.note}", seeds=", ".join(map(str, seeds)),
@@ -256,13 +256,3 @@ def changed_by(work_list: WorkList, accept: float | None = None) -> list[Item]:
         InputError: Decisions contradict each other, or no probability is known.
     """
     return [item for item in decided(work_list, accept).values() if item.decision not in ("", "keep")]
-
-
-def _groups(source: RowSource, column: str | None) -> Mapping[str, np.ndarray]:
-    if column is None:
-        return {}
-    if column not in source.other_columns():
-        known = ", ".join(source.other_columns()) or "none besides texts and labels"
-        raise InputError(f"--group-by {column}: {source.name} has no such column; it has {known}.")
-    values = [str(value) for table in source.tables([column]) for value in table.column(column).to_pylist()]
-    return {f"{column} {value}": np.array([v == value for v in values]) for value in dict.fromkeys(values)}

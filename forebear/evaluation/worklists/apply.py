@@ -6,7 +6,7 @@ was before it changed, is refused at the first row that differs. Rows on which n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,9 +138,8 @@ def _outcome(item: Item) -> tuple[str, ...]:
 
 
 def apply_work_list(
-    work_list: WorkList, source: RowSource, train: Path, out: Path, *, accept: float | None = None, force: bool = False,
-    listed_in: Iterable[Path] = (),
-) -> Applied:  # fmt: skip
+    work_list: WorkList, source: RowSource, train: Path, out: Path, *, accept: float | None = None, force: bool = False
+) -> Applied:
     """Write the training file as a work list says, and a log of what changed.
 
     Args:
@@ -151,17 +150,17 @@ def apply_work_list(
             apart ``fixed.quarantine.csv``.
         accept: See :func:`decided`.
         force: Overwrite files; rows that an earlier run put apart go.
-        listed_in: Files of the work list, which are not overwritten.
 
     Raises:
-        InputError: See :func:`decided`; a label is none of the file's; or a file to write is one that is read.
+        InputError: See :func:`decided`; a label is none of the file's; or a file to write is one that is read, as those
+            of the work list are.
         MismatchError: A row does not say what the list has.
         OutputExistsError: A file is there already.
         DataError: The file cannot be read.
         StorageError: A file cannot be written.
     """
     log, apart = beside(out, "log"), beside(out, "quarantine")
-    check_out(train, out, (log, apart), listed_in)
+    check_out(train, out, (log, apart), work_list.files)
     there = [str(path) for path in (out, log, apart) if path.exists()]
     if there and not force:
         raise OutputExistsError(f"{', '.join(there)} exists already. Name another file, or give --force.")

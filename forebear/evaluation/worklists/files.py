@@ -10,6 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,14 +83,14 @@ def read_work_list(path: Path) -> WorkList:
         InputError: A value is not of its column's kind; the line names the file and the row. Or two files of a folder
             hold different decisions.
     """
-    files = files_of(path)
+    files = _files_of(path)
     lists = {file: _read(file) for file in files}
-    if decided := [file for file in files if any(item.decision for item in lists[file])]:
-        for other in decided[1:]:
-            if _decisions(lists[other]) != _decisions(lists[decided[0]]):
-                raise InputError(f"{decided[0]} and {other} hold different decisions. Name the file that counts.")
-        return lists[decided[0]]
-    return lists[max(files, key=lambda file: (file.stat().st_mtime_ns, -files.index(file)))]
+    decided = [file for file in files if any(item.decision for item in lists[file])]
+    for other in decided[1:]:
+        if _decisions(lists[other]) != _decisions(lists[decided[0]]):
+            raise InputError(f"{decided[0]} and {other} hold different decisions. Name the file that counts.")
+    newest = max(files, key=lambda file: (file.stat().st_mtime_ns, -files.index(file)))
+    return replace(lists[decided[0] if decided else newest], files=tuple(files))
 
 
 def _decisions(work_list: WorkList) -> list[tuple[int, str, str]]:
@@ -113,7 +114,7 @@ def _item(file: Path, number: int, record: Mapping[str, Any]) -> Item:
         raise InputError(f"{file}, item {number}: {error}") from error
 
 
-def files_of(path: Path) -> list[Path]:
+def _files_of(path: Path) -> list[Path]:
     """The files of which :func:`read_work_list` takes one.
 
     Raises:

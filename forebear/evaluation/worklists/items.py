@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from forebear.errors import InputError
@@ -88,9 +89,11 @@ class WorkList:
 
     Attributes:
         items: The rows; one row may stand in several items.
+        files: Those that it was read from; of a folder all that it might have been. None of them is overwritten.
     """
 
     items: tuple[Item, ...]
+    files: tuple[Path, ...] = field(default=(), compare=False)
 
     def __len__(self) -> int:
         return len(self.items)

@@ -76,12 +76,14 @@ def check_items(items: Sequence[Item], index: Index) -> None:
 def job_changes(changes: Sequence[Change], index: Index) -> tuple[np.ndarray, dict[int, int]]:
     """Rows of an index to leave out, ascending, and new class ids by row number.
 
+    Args:
+        changes: What became of the rows, which :func:`check_items` has looked at.
+        index: The index.
+
     Raises:
-        InputError: The index has several labels or numbers a row, or no such label; or nothing changes.
-        MismatchError: A row of the index is not the row of the list.
+        InputError: The index has no such label.
     """
     names = index.manifest.spec.label_names
-    check_items([change.item for change in changes], index)
     relabels = {}
     for change in changes:
         if change.after is not None:
@@ -116,7 +118,7 @@ def retrain_changes(
         progress: See :meth:`~forebear.evaluation.retraining.jobs.Retrainer.run`.
 
     Raises:
-        InputError, MismatchError: See :func:`job_changes`.
+        InputError: The index has no such label.
     """
     gone, relabels = job_changes(changes, index)
     live = retrainer.rows.live

@@ -136,7 +136,7 @@ def apply(
         retraining_of = worklists.begin_retraining(  # what is wrong with it is said before a file is written
             worklists.changed_by(todo, accept), retriever, test.rows, group_by=group_by, how=how, seed=seed
         )
-    applied = worklists.apply(worklist, source, out, accept=accept, force=output.force)
+    applied = worklists.apply(todo, source, out, accept=accept, force=output.force)
     counts = [f"{applied.count(d):,} {done}" for d, done in _DONE.items()]
     OUT.print(f"{', '.join(counts)}, {applied.n_kept:,} kept, {applied.n_undecided:,} undecided and kept", markup=False)
     if applied.n_elsewhere:

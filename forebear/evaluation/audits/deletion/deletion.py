@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from forebear.errors import InputError
 from forebear.evaluation.audits.deletion.given import Named
 from forebear.evaluation.audits.deletion.predicted import Change, Dependence, changes_without, dependence
 from forebear.evaluation.common.queries import QueryRows
@@ -14,7 +13,6 @@ from forebear.evaluation.retraining.effects.fit import Fit, fit
 from forebear.evaluation.retraining.jobs import Job, Outcome, Progress, Retrainer
 from forebear.indexer.losses.loss import Loss
 from forebear.indexer.model.forward import run_forward
-from forebear.indexer.rows.files.reader import listed
 from forebear.indexer.rows.sampling import live_sample
 from forebear.retriever.effects.changes import Predictions
 from forebear.retriever.effects.refits import HeadRefits
@@ -22,7 +20,6 @@ from forebear.retriever.retriever import Retriever
 
 QUANTITIES = ("loss", "margin", "probability")  # of the gold label
 MOST_COMPARED = 500  # other rows beside which the dependence is seen
-MOST_GROUPS = 50
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,15 +171,5 @@ def groups_of(queries: QueryRows, label_names: tuple[str, ...], column: str | No
     groups = {"all": np.ones(len(queries), bool)}
     groups |= {f"label: {name}": queries.labels == i for i, name in enumerate(label_names)}
     if column is not None:
-        names = [] if queries.table is None else queries.table.column_names
-        if column not in names:
-            raise InputError(f"--group-by {column}: {queries.source} has no such column; it has {listed(names)}.")
-        assert queries.table is not None
-        values = np.array([str(value) for value in queries.table.column(column).to_pylist()])
-        distinct = np.unique(values)
-        if len(distinct) > MOST_GROUPS:
-            raise InputError(
-                f"--group-by {column}: {len(distinct):,} values in {queries.source}; expected at most {MOST_GROUPS}."
-            )
-        groups |= {f"{column}: {value}": values == value for value in distinct}
+        groups |= {f"{column}: {value}": mask for value, mask in sorted(queries.by_value(column).items())}
     return {name: mask for name, mask in groups.items() if mask.any()}
