@@ -322,6 +322,7 @@ def regressions(
         raise InputError(f"--top {n_listed}: expected at least 1.")
     check_versions(retriever.index, earlier.index)
     question = question_of(retriever, spec, choices, ("if",), target="predicted")
+    of_regressions.check_method(question)
     source = tested_rows(retriever.label_names, rows, like=retriever.index.manifest.row_format, need_labels=True)
     queries = sample_queries(retriever, source, 0, seed, need_labels=True)
     told = progress_of(progress)

@@ -23,7 +23,7 @@ from forebear import (
     rows_from_texts,
 )
 from forebear.cli.main import run
-from forebear.evaluation.audits.versions.regressions import IMPROVED, REGRESSED, alike, words_apart
+from forebear.evaluation.audits.versions.regressions import IMPROVED, REGRESSED, WordCounts, alike, words_apart
 from forebear.evaluation.audits.versions.row_changes import KINDS, row_changes
 from forebear.evaluation.worklists.files import read_work_list
 
@@ -154,8 +154,10 @@ def test_rows_that_the_same_rows_drive_are_one_cause():
 def test_words_of_a_cause_are_those_that_others_lack():
     here = [["the oil price rose", "oil fell , they said", "a barrel of oil"]]
     there = [["the game was long", "they won the game", "a film of note", "he said no", "all of it"] * 4]
-    assert words_apart(here, there) == ["oil"]
-    assert words_apart(here, [[]]) == []
+    own, every = WordCounts.of(here), WordCounts.of([here[0] + there[0]])
+    assert words_apart(own, WordCounts.of(there)) == ["oil"]
+    assert every.without(own) == WordCounts.of(there)
+    assert words_apart(own, WordCounts.of([[]])) == []
 
 
 def test_the_command_writes_a_page_and_a_work_list(versions, tmp_path, capsys):

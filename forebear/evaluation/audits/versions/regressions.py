@@ -12,7 +12,6 @@ regressed row's own unit.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from functools import partial
 import numpy as np
 
 from forebear.errors import DataError, InputError
+from forebear.evaluation.audits.rows.near_words import words_of
 from forebear.evaluation.audits.versions.row_changes import RowChanges
 from forebear.evaluation.common.queries import QueryRows
 from forebear.indexer.model.forward import run_forward
@@ -36,6 +36,7 @@ LEAST_ALIKE = 0.5  # mean cosine of two groups' scores of changed rows, from whi
 _BLOCK_ROWS = 256
 
 Progress = Callable[[str, int, int], None]
+Scored = Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]  # of :func:`_scored`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,16 @@ def supporting(scores: np.ndarray) -> np.ndarray:
     return np.asarray(order[scores[order] > 0])
 
 
+def check_method(question: Question) -> None:
+    """Refuse a question of several methods, before any work.
+
+    Raises:
+        InputError: As said.
+    """
+    if len(question.methods) != 1:
+        raise InputError(f"regressions are told by one method; {len(question.methods)} were given (--method).")
+
+
 def predicted_by_both(
     retriever: Retriever, before: Retriever, queries: QueryRows, *, progress: Progress = lambda *_: None
 ) -> Predicted:
@@ -139,14 +150,17 @@ def predicted_by_both(
         raise DataError(f"{queries.source}: every test row needs a label of the model, which regressions are told by.")
     ids = {name: i for i, name in enumerate(retriever.label_names)}
     to_new = np.array([ids[name] for name in before.label_names])
-    found: list[np.ndarray] = []
-    for i, (one, stage) in enumerate(((before, "before"), (retriever, "now"))):
-        parts = []
-        for block in queries.blocks():
-            parts.append(run_forward(one.classifier(), list(block.texts)).predictions)
-            progress(f"predictions {stage}", sum(map(len, parts)), len(queries))
-        found.append(np.concatenate(parts) if i else to_new[np.concatenate(parts)])
-    return Predicted(queries=queries, before=found[0], after=found[1])
+    old, new = _predictions(before, queries, "before", progress), _predictions(retriever, queries, "now", progress)
+    return Predicted(queries=queries, before=to_new[old], after=new)
+
+
+def _predictions(retriever: Retriever, queries: QueryRows, stage: str, progress: Progress) -> np.ndarray:
+    """Predicted class ids of test rows, ``(q,)``."""
+    parts: list[np.ndarray] = []
+    for block in queries.blocks():
+        parts.append(run_forward(retriever.classifier(), block.texts).predictions)
+        progress(f"predictions {stage}", sum(map(len, parts)), len(queries))
+    return np.concatenate(parts)
 
 
 def regressions(
@@ -164,16 +178,13 @@ def regressions(
         retriever: Over the later version's index.
         predicted: What both versions predict.
         changes: The live rows beside those of the version before.
-        question: One method, of the predicted label.
+        question: One method, of the predicted label; see :func:`check_method`.
         seed: Of the sample of rows that stayed right.
         progress: Called with a stage, and test rows done of all.
 
     Raises:
-        InputError: The question has several methods.
         DataError: No test row is predicted otherwise, right against wrong.
     """
-    if len(question.methods) != 1:
-        raise InputError(f"regressions are told by one method; {len(question.methods)} were given (--method).")
     positions = {REGRESSED: predicted.regressed, IMPROVED: predicted.improved}
     if not any(map(len, positions.values())):
         raise DataError(
@@ -195,25 +206,36 @@ def regressions(
             means[label] += scores[labels == label].sum(axis=0) / counts[label]
     causes, summed = {}, {}
     for kind, members in positions.items():
-        shares[kind] = np.zeros(len(members))
-        found: list[Cause] = []
-        kinds = np.stack([predicted.gold, predicted.before, predicted.after], axis=1)[members]
-        for gold, before, after in np.unique(kinds, axis=0).tolist():
-            places = np.flatnonzero((kinds == (gold, before, after)).all(axis=1))
-            excess = np.empty((len(places), n_changed), np.float32)
-            for block, scores, sizes, share in scored(members[places], f"rows that {kind}", progress):
-                shares[kind][places[block]] = share
-                excess[block] = sizes * (scores - means[after])
-            numbers = alike(_largest(excess))
-            for number in range(numbers.max() + 1):
-                own, sums = members[places[numbers == number]], excess[numbers == number].sum(axis=0, dtype=np.float64)
-                found.append(Cause(gold=gold, before=before, after=after, members=own, scores=sums))
-        causes[kind] = tuple(sorted(found, key=lambda cause: (-len(cause.members), cause.gold, cause.after)))
-        summed[kind] = np.sum([cause.scores for cause in found], axis=0) if found else np.zeros(n_changed)
+        of_kind = partial(scored, stage=f"rows that {kind}", progress=progress)
+        causes[kind], shares[kind] = _causes(predicted, members, means, of_kind)
+        summed[kind] = sum((cause.scores for cause in causes[kind]), np.zeros(n_changed))
     return Regressions(
         predicted=predicted, changes=changes, causes=causes, scores=summed, shares=shares,
         compared=frozenset(np.flatnonzero(counts).tolist()),
     )  # fmt: skip
+
+
+def _causes(
+    predicted: Predicted, members: np.ndarray, means: np.ndarray, scored: Callable[[np.ndarray], Scored]
+) -> tuple[tuple[Cause, ...], np.ndarray]:
+    """Groups of the test rows ``members``, the largest first; and of each row the share of the changed rows, ``(m,)``.
+
+    ``means`` are what is expected of the changed rows by predicted label, in units of a test row, ``(c, n)``.
+    """
+    found: list[Cause] = []
+    shares = np.zeros(len(members))
+    kinds = np.stack([predicted.gold, predicted.before, predicted.after], axis=1)[members]
+    for gold, before, after in np.unique(kinds, axis=0).tolist():
+        places = np.flatnonzero((kinds == (gold, before, after)).all(axis=1))
+        excess = np.empty((len(places), means.shape[1]), np.float32)
+        for block, scores, sizes, share in scored(members[places]):
+            shares[places[block]] = share
+            excess[block] = sizes * (scores - means[after])
+        numbers = alike(_largest(excess))
+        for number in range(numbers.max() + 1):
+            own, sums = members[places[numbers == number]], excess[numbers == number].sum(axis=0, dtype=np.float64)
+            found.append(Cause(gold=gold, before=before, after=after, members=own, scores=sums))
+    return tuple(sorted(found, key=lambda cause: (-len(cause.members), cause.gold, cause.after))), shares
 
 
 def _scored(
@@ -224,7 +246,7 @@ def _scored(
     positions: np.ndarray,
     stage: str,
     progress: Progress,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+) -> Scored:
     """Scores of the changed rows for some test rows, a block of these at a time.
 
     Yields:
@@ -266,28 +288,45 @@ def alike(scores: np.ndarray) -> np.ndarray:
     return np.asarray(fcluster(tree, 1.0 - LEAST_ALIKE, criterion="distance") - 1)
 
 
-def words_apart(texts: Sequence[Sequence[str]], others: Sequence[Sequence[str]], n_words: int = 5) -> list[str]:
+@dataclass(frozen=True)
+class WordCounts:
+    """In how many of some rows each word is.
+
+    Attributes:
+        rows: Number of rows with it, by word.
+        n: Number of rows.
+    """
+
+    rows: Counter[str]
+    n: int
+
+    @classmethod
+    def of(cls, columns: Sequence[Sequence[str]]) -> WordCounts:
+        """Count the words of rows, one list a text column."""
+        texts = [" ".join(row) for row in zip(*columns, strict=True)]
+        return cls(Counter(word for text in texts for word in set(words_of(text))), len(texts))
+
+    def without(self, some: WordCounts) -> WordCounts:
+        """The same of the rows that are not among ``some`` of them."""
+        return WordCounts(self.rows - some.rows, self.n - some.n)
+
+
+def words_apart(own: WordCounts, others: WordCounts, n_words: int = 5) -> list[str]:
     """Words that some rows have more often than others, by the z value of the difference of their shares of rows.
 
     Args:
-        texts: Texts of the rows, one list a text column.
-        others: Texts of the others.
+        own: Words of the rows.
+        others: Words of the others.
         n_words: Words, at most.
 
     Returns:
         Words that at least two of the rows have, and of z > 3, the largest first.
     """
-    (here, n), (there, m) = _words_in_rows(texts), _words_in_rows(others)
     z = {}
-    for word, count in here.items():
-        if count < 2 or not m:
+    for word, count in own.rows.items():
+        if count < 2 or not others.n:
             continue
-        pooled = (count + there[word]) / (n + m)
-        z[word] = (count / n - there[word] / m) / np.sqrt(pooled * (1 - pooled) * (1 / n + 1 / m) + 1e-12)
+        pooled = (count + others.rows[word]) / (own.n + others.n)
+        error = np.sqrt(pooled * (1 - pooled) * (1 / own.n + 1 / others.n) + 1e-12)
+        z[word] = (count / own.n - others.rows[word] / others.n) / error
     return [word for word in sorted(z, key=lambda word: (-z[word], word)) if z[word] > 3][:n_words]
-
-
-def _words_in_rows(columns: Sequence[Sequence[str]]) -> tuple[Counter[str], int]:
-    """In how many rows each word is, in small letters; and the number of rows."""
-    rows = [" ".join(row).lower() for row in zip(*columns, strict=True)]
-    return Counter(word for row in rows for word in set(re.findall(r"\w+", row))), len(rows)

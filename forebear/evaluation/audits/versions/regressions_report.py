@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,14 @@ from forebear.evaluation.audits.versions.regressions import (
     Cause,
     Predicted,
     Regressions,
+    WordCounts,
     supporting,
     words_apart,
 )
 from forebear.evaluation.audits.versions.row_changes import KINDS, NO_ROW, RELABELLED
 from forebear.evaluation.common.inputs import Inputs
 from forebear.evaluation.common.passages import row_columns, row_passages
+from forebear.evaluation.common.queries import QueryRows
 from forebear.evaluation.common.statistics import mean_of, paired_difference
 from forebear.evaluation.reports.report import Cell, Group, Passage, Report, Table
 from forebear.evaluation.worklists.items import WorkList
@@ -59,10 +62,10 @@ def regressions_report(
         (predicted.before == predicted.gold).astype(float),
         asked.seed,
     )
-    ranked = found.ranked(REGRESSED)[:n_listed]
+    ranked, words = found.ranked(REGRESSED)[:n_listed], _words(found, asked.queries)
     tables = [
         _rows_table(found, index, ranked, REGRESSED, asked),
-        _causes_table(found, asked),
+        _causes_table(found, words, asked),
         _test_rows_table(found, asked),
         _kinds_table(found),
         _shares_table(found, asked.seed),
@@ -80,7 +83,10 @@ def regressions_report(
         f"{first}.",
         tables,
         (),
-        tuple(_cause_group(found, cause, asked, i) for i, cause in enumerate(found.causes[REGRESSED][:SHOWN_CAUSES])),
+        tuple(
+            _cause_group(found, cause, frozenset(words[REGRESSED][i]), asked, i)
+            for i, cause in enumerate(found.causes[REGRESSED][:SHOWN_CAUSES])
+        ),
         asked.provenance(before=str(before.folder), before_digest=before.manifest.digest()),
     )
     result = {
@@ -154,15 +160,16 @@ def _rows_table(found: Regressions, index: Index, ranked: np.ndarray, kind: str,
     )
 
 
-def _causes_table(found: Regressions, asked: Inputs) -> Table:
+def _causes_table(found: Regressions, words: Mapping[str, list[list[str]]], asked: Inputs) -> Table:
+    changed = found.changes.of_changed.rows
     lines: list[list[Cell]] = []
     for kind in (REGRESSED, IMPROVED):
         for number, cause in enumerate(found.causes[kind], 1):
             names = _labels(cause, asked)
-            top = found.changes.of_changed.rows[supporting(cause.scores)[:SHOWN_ROWS]]
+            top = changed[supporting(cause.scores)[:SHOWN_ROWS]]
             lines.append([
                 kind, number, names["gold"], names["before"], names["now"], len(cause.members),
-                ", ".join(_words(found, cause, asked)) or None, ", ".join(map(str, top)) or None,
+                ", ".join(words[kind][number - 1]) or None, ", ".join(map(str, top)) or None,
             ])  # fmt: skip
     return Table(
         "Causes",
@@ -173,9 +180,11 @@ def _causes_table(found: Regressions, asked: Inputs) -> Table:
     )
 
 
-def _words(found: Regressions, cause: Cause, asked: Inputs) -> list[str]:
-    others = np.setdiff1d(np.arange(len(asked.queries)), cause.members)
-    return words_apart(asked.queries.take(cause.members).texts, asked.queries.take(others).texts)
+def _words(found: Regressions, queries: QueryRows) -> dict[str, list[list[str]]]:
+    """Words of each cause that the other test rows lack, by kind of change, in the order of the causes."""
+    every = WordCounts.of(queries.texts)
+    own = {k: [WordCounts.of(queries.take(cause.members).texts) for cause in of] for k, of in found.causes.items()}
+    return {kind: [words_apart(one, every.without(one)) for one in counts] for kind, counts in own.items()}
 
 
 def _test_rows_table(found: Regressions, asked: Inputs) -> Table:
@@ -223,11 +232,10 @@ def _shares_table(found: Regressions, seed: int) -> Table:
     )
 
 
-def _cause_group(found: Regressions, cause: Cause, asked: Inputs, number: int) -> Group:
+def _cause_group(found: Regressions, cause: Cause, words: frozenset[str], asked: Inputs, number: int) -> Group:
     """Some test rows of a cause, and the changed rows behind it."""
     names, queries = _labels(cause, asked), asked.queries
     columns = asked.retriever.index.manifest.spec.text_columns
-    words = frozenset(_words(found, cause, asked))
     passages = [
         Passage(
             f"test row {queries.rows[p]}",
