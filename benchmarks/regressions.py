@@ -68,13 +68,13 @@ def measured(work: Path, method: str) -> dict[str, Any]:
     retriever = Retriever(work / "now-index")
     found = audits.regressions(retriever, work / "before-index", work / "test.parquet", methods=[method])
     index, numbers = retriever.index, found.numbers
-    planted = index.columns(index.live).column("planted").to_numpy()
+    planted = index.columns(numbers.changes.of_changed.rows).column("planted").to_numpy()
     ranked = numbers.ranked(REGRESSED)
     return {
         "regressed": len(numbers.predicted.regressed),
         "improved": len(numbers.predicted.improved),
         "p": round(found.result["accuracy"]["p"], 4),
-        "planted among the changed rows": round(float(planted[numbers.changes.changed].mean()), 3),
+        "planted among the changed rows": round(float(planted.mean()), 3),
         **{f"precision at {k}": round(float(planted[ranked[:k]].mean()), 3) for k in (10, 20, 33, N_BAD)},
         "largest cause": len(numbers.causes[REGRESSED][0].members),
         "share of the changed rows, regressed": round(float(numbers.shares[REGRESSED].mean()), 3),
