@@ -10,8 +10,10 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # What ``auto`` is, on a machine with a GPU too: for fixtures of the session, tests, and the commands that they start.
 os.environ["FOREBEAR_DEVICE"] = "cpu"
 
+import gc
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,7 @@ ROW_METHODS = tuple(name for name, method in METHODS.items() if not method.by_mo
 HEADS = {"bert": "classifier", "roberta": "classifier.out_proj", "distilbert": "classifier"}
 HEADS |= {"electra": "classifier.out_proj"}
 
+SEARCHED_MODULES = pytest.StashKey[int]()  # how many were imported when garbage was last sought among them
 
 # Files that take 50 s of processor time or more, the longest first: begun first, so that no worker is left with one at
 # the end.
@@ -56,6 +59,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Keep libraries that were imported since out of the search for garbage.
+
+    They are a million objects, and each training of transformers ends with a look through all of them, which takes
+    longer than the training of a tiny model.
+    """
+    if len(sys.modules) > item.session.stash.get(SEARCHED_MODULES, 0):
+        gc.collect()
+        gc.freeze()
+        item.session.stash[SEARCHED_MODULES] = len(sys.modules)
 
 
 def texts_of(n: int, seed: int, pairs: bool) -> list[Any]:

@@ -7,6 +7,7 @@ folder, environment, streams, signals and exit code. What is tested of a new int
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -152,6 +153,7 @@ def _be(code: str, arguments: list[str], folder: str, environment: dict[str, str
 
 
 def _become(code: str, arguments: list[str], folder: str, environment: dict[str, str]) -> None:
+    gc.freeze()  # garbage is not sought among the libraries, at the end of each training of transformers
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where these tests run in the background
     os.environ.clear()
     os.environ.update(environment)

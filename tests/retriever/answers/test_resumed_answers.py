@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import N_QUERIES, N_ROWS
 from interruptions import hashes
+from warm import run_program
 
 from forebear.cli.main import run
 from forebear.indexer.building.change import retire_rows
@@ -74,7 +74,7 @@ def dies(real, at):
 {where}
 sys.exit(run({args!r}))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_program(code)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
