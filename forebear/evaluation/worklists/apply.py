@@ -14,7 +14,7 @@ from typing import Any
 from forebear.errors import InputError, MismatchError, OutputExistsError
 from forebear.evaluation.worklists.files import json_line
 from forebear.evaluation.worklists.items import Item, WorkList, text_digest
-from forebear.evaluation.worklists.placing import of_file, placed_rows, unplaced
+from forebear.evaluation.worklists.placing import listed_texts, of_file, placed_rows, unplaced
 from forebear.evaluation.worklists.training_files import Rewriting, check_out, ending_of, rewrite
 from forebear.indexer.losses.loss import number_text
 from forebear.indexer.rows.files.reader import listed
@@ -166,7 +166,8 @@ def apply_work_list(
         raise OutputExistsError(f"{', '.join(there)} exists already. Name another file, or give --force.")
     mine, n_elsewhere = of_file(work_list, train)
     items = decided(mine, accept)
-    placed = placed_rows(items.values(), source)
+    lowest = (min((item.row for item in some), default=0) for some in (mine, work_list))
+    placed = placed_rows(items.values(), source, is_first=len(set(lowest)) == 1)
     found = _check(placed, source, train)
     labels = _Labels(source, found, train)
     new = {row: labels.value(item) for row, item in placed.items() if item.decision == "relabel"}
@@ -305,8 +306,7 @@ def _file_rows(block: RowBlock, source: RowSource) -> list[int]:
 
 
 def _check_texts(item: Item, row: int, texts: tuple[str, ...], source: RowSource, train: Path) -> None:
-    by_name = item.texts.keys() == set(source.text_columns)
-    of_list = tuple(item.texts[name] for name in source.text_columns) if by_name else tuple(item.texts.values())
+    of_list = listed_texts(item, source)
     same = item.digest == text_digest(texts) if item.digest is not None else of_list in (texts, ("\n".join(texts),))
     if same or (item.digest is None and not of_list):
         return

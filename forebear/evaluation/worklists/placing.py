@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Collection
 from pathlib import Path
 
 from forebear.errors import InputError, MismatchError
-from forebear.evaluation.worklists.items import Item, WorkList
+from forebear.evaluation.worklists.items import Item, WorkList, text_digest
 from forebear.indexer.rows.files.reader import listed
 from forebear.indexer.rows.row_source import RowSource
 
@@ -44,16 +45,22 @@ def of_file(work_list: WorkList, train: Path) -> tuple[WorkList, int]:
     return WorkList(mine), len(work_list) - len(mine)
 
 
-def placed_rows(items: Iterable[Item], source: RowSource) -> dict[int, Item]:
+def placed_rows(items: Collection[Item], source: RowSource, *, is_first: bool = True) -> dict[int, Item]:
     """The items by the row of the file, ascending.
 
+    Args:
+        items: The items, of this file alone.
+        source: The file, read as the index read it.
+        is_first: Whether it may be the first file of the index.
+
     Raises:
-        MismatchError: The file has no such row.
+        MismatchError: The file has no such row, or which row an item is cannot be told.
         InputError: Two items are of one row.
     """
+    start = _start([item for item in items if item.source_row is None], source, is_first=is_first)
     placed: dict[int, Item] = {}
     for item in items:
-        row = _file_row(item, source)
+        row = _file_row(item, source, start)
         if row in placed:
             raise InputError(
                 f"rows {placed[row].row} and {item.row} of the list are both row {row} (from 0) of {source.name}. "
@@ -63,17 +70,52 @@ def placed_rows(items: Iterable[Item], source: RowSource) -> dict[int, Item]:
     return dict(sorted(placed.items(), key=lambda pair: pair[0]))
 
 
-def _file_row(item: Item, source: RowSource) -> int:
+def _start(items: Collection[Item], source: RowSource, *, is_first: bool) -> int:
+    """The index's number of the file's first row: that at which all items without a number in the file have their texts.
+
+    Rows of the index that came from one file are consecutive, without those that were left out; only where some were,
+    items have no such number. A file that may be the index's first, and has their texts at 0, is taken for the first.
+
+    Raises:
+        MismatchError: They have their texts at several numbers.
+    """
+    by_digest: dict[str, list[int]] = defaultdict(list)
+    for item in items:
+        if source.n_dropped and (item.digest is not None or item.texts):
+            by_digest[item.digest or text_digest(listed_texts(item, source))].append(item.row)
+    n_fitting: Counter[int] = Counter()
+    for block in source.blocks() if by_digest else ():
+        for row, texts in enumerate(zip(*block.texts, strict=True), block.start):
+            n_fitting.update({number - row for number in by_digest.get(text_digest(texts), ())})
+    n_items = sum(map(len, by_digest.values()))
+    starts = sorted(start for start, n in n_fitting.items() if n == n_items and start >= (0 if is_first else 1))
+    if len(starts) > 1 and starts[0]:
+        raise MismatchError(
+            f"row {min(item.row for item in items)} of the list has its texts in several rows of {source.name}, and no "
+            "source_row. Fill in that column: the row's number in its file, from 0."
+        )
+    return starts[0] if starts else 0
+
+
+def _file_row(item: Item, source: RowSource, start: int) -> int:
     """A number in the file as it stands; without one, that of the index counts the rows with a label."""
     row, n_rows = (
-        (item.row, source.n_rows) if item.source_row is None else (item.source_row, source.n_rows + source.n_dropped)
+        (item.row - start, source.n_rows)
+        if item.source_row is None
+        else (item.source_row, source.n_rows + source.n_dropped)
     )
-    if row >= n_rows:
+    if not 0 <= row < n_rows:
         raise MismatchError(
             f"row {item.row} of the list is row {row} (from 0) of its file, and {source.name} has {n_rows:,} "
             f"rows. Give the file that the index was built from.{unplaced(item, source)}"
         )
     return source.file_row(row) if item.source_row is None else row
+
+
+def listed_texts(item: Item, source: RowSource) -> tuple[str, ...]:
+    """An item's texts in the order of the file's columns, where they have the same names."""
+    by_name = item.texts.keys() == set(source.text_columns)
+    return tuple(item.texts[name] for name in source.text_columns) if by_name else tuple(item.texts.values())
 
 
 def unplaced(item: Item, source: RowSource) -> str:

@@ -9,9 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from forebear import InputError, open_rows, worklists
+from forebear import BuildOptions, InputError, build_index, choose_model, open_rows, worklists
 from forebear.errors import MismatchError, StorageError
 from forebear.evaluation.worklists.items import Item, WorkList, text_digest
+from forebear.evaluation.worklists.listing import list_rows
+from forebear.indexer.building.build import append_rows
 
 TRAIN = "text,label\na,bad\nb,good\nc,bad\n"
 REMOVE, APART = (Item(row=0, texts={"text": "a"}, decision=decision) for decision in ("remove", "quarantine"))
@@ -105,6 +107,30 @@ def test_a_source_row_is_a_number_of_the_file_also_where_rows_are_left_out(tmp_p
     assert (tmp_path / "b.csv").read_text() == "text,label\na,bad\nb,-\nc,good\n"
     with pytest.raises(MismatchError, match=r"row 1 \(from 0\) of .* has no label"):
         worklists.apply(listed(replace(item, source_row=1)), tmp_path / "a.csv", tmp_path / "c.csv")
+
+
+def test_rows_of_a_second_file_of_which_some_were_left_out_are_found_by_their_texts(tmp_path, tiny_model):
+    """The index numbers rows on behind the first file, and does not say which rows of a file it left out."""
+    first, second = tmp_path / "a.csv", tmp_path / "b.csv"
+    first.write_text("text,label\nthe film,LABEL_0\nbad,-\na story,LABEL_1\n")
+    second.write_text("text,label\ngood,LABEL_0\nthe plot,-\na story,LABEL_1\nbad,LABEL_0\na story,LABEL_1\n")
+    sources = [open_rows(file, need_labels=True, unlabelled="drop-marked") for file in (first, second)]
+    build_index(sources[0], tmp_path / "i", choose_model(None, [tiny_model()]).checkpoints, BuildOptions())
+    index = append_rows(tmp_path / "i", sources[1])
+    made = [replace(item, decision="remove") for item in list_rows(index, [1, 3, 4, 5], ["?"] * 4)]
+    assert [(item.source, item.source_row) for item in made] == [(str(first), None)] + [(str(second), None)] * 3
+    todo, last = WorkList(tuple(made[:3])), made[3]
+    for items in (todo.items, todo.items[1:]):  # also where no row of the list tells that there is a first file
+        applied = worklists.apply(listed(*items), second, tmp_path / "new.csv", force=True)
+        assert [(change.item.row, change.file_row, change.line) for change in applied.changes] == [(3, 2, 4), (4, 3, 5)]
+        assert (tmp_path / "new.csv").read_text() == "text,label\ngood,LABEL_0\nthe plot,-\na story,LABEL_1\n"
+    worklists.apply(todo, first, tmp_path / "new.csv", force=True)
+    assert (tmp_path / "new.csv").read_text() == "text,label\nthe film,LABEL_0\nbad,-\n"
+    with pytest.raises(MismatchError, match=r"row 5 .* in several rows of .*b\.csv.* Fill in that column"):
+        worklists.apply(listed(todo.items[0], last), second, tmp_path / "c.csv")
+    with pytest.raises(MismatchError, match=r"has 'good' in row 0"):  # both texts are there, not one after the other
+        moved = (replace(todo.items[1], row=0), replace(todo.items[2], row=3))
+        worklists.apply(listed(*moved), second, tmp_path / "c.csv")
 
 
 @pytest.mark.parametrize("with_digest", [False, True])
