@@ -249,6 +249,7 @@ def explored_of(
     Raises:
         InputError: The site is of none of the indexes, or of the one whose test rows are listed; or a work list cannot
             be read.
+        MismatchError: The audit whose work list is opened is of another index.
         ForebearError: Test rows cannot be read, or do not fit the index.
     """
     digests = {one.current.digest: name for name, one in indexes.items()}
@@ -259,7 +260,8 @@ def explored_of(
         and digests[opened.facts["digest"]] == listing.place(list(indexes))[0]
     ):
         raise InputError("--site and --test: both list test rows of one index. Give one of the two.")
-    kept = None if worklists is None else WorkLists(Path(worklists), list(indexes))
+    by_name = {name: one.current.digest for name, one in indexes.items()}
+    kept = None if worklists is None else WorkLists(Path(worklists), by_name)
     return Explored(opened, None if listing is None else ListedRows(listing, indexes, limits), kept)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from forebear.errors import InputError
+from forebear.errors import InputError, MismatchError
 from forebear.evaluation.worklists.files import FILES, json_line, read_work_list
 from forebear.evaluation.worklists.items import Item, is_column, item_of, record_of
 from forebear.indexer.storage.atomic import write_bytes
@@ -20,22 +21,24 @@ MOST_BYTES = 1 << 19  # of a row with its texts and all else
 class WorkLists:
     """The lists by name of the index. Every change is on disk, whole, before it is answered."""
 
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+    def __init__(self, folder: Path, digests: Mapping[str, str]) -> None:
         """Read the lists that are there.
 
         Args:
             folder: Of ``NAME.jsonl``; made at the first change. Where there is none yet and one index is served, the
                 work list that an audit wrote into the folder is where the list begins.
-            names: Of the indexes.
+            digests: Of the indexes, by name.
 
         Raises:
             InputError: A list cannot be read.
+            MismatchError: The audit is of another index.
         """
         self._folder = folder
         self._lock = threading.Lock()
-        self._lists = {name: self._read(folder / f"{name}.jsonl") for name in names}
-        if len(names) == 1 and not (folder / f"{names[0]}.jsonl").exists():
-            self._lists[names[0]] = self._of_audit(folder)
+        self._lists = {name: self._read(folder / f"{name}.jsonl") for name in digests}
+        (name, digest), *others = digests.items()
+        if not others and not (folder / f"{name}.jsonl").exists():
+            self._lists[name] = self._of_audit(folder, digest)
 
     def entries(self, name: str) -> list[Mapping[str, Any]]:
         """The marked rows of an index, by row number."""
@@ -85,8 +88,24 @@ class WorkLists:
             raise InputError(f"{path} is no work list of the explorer ({error}) Name another folder.") from error
 
     @classmethod
-    def _of_audit(cls, folder: Path) -> dict[int, Item]:
-        return cls._read(folder) if any((folder / name).is_file() for name in FILES) else {}
+    def _of_audit(cls, folder: Path, digest: str) -> dict[int, Item]:
+        if not any((folder / name).is_file() for name in FILES):
+            return {}
+        audited = _audited(folder)
+        if audited.get("index digest", digest) != digest:
+            raise MismatchError(
+                f"{folder} holds the work list of an audit of another index, {audited.get('index')}, or of this one "
+                "before a change: its row numbers may be of other rows. Audit the index again, or name another folder."
+            )
+        return cls._read(folder)
+
+
+def _audited(folder: Path) -> dict[str, Any]:
+    """What the audit in a folder says of the index that it is of; empty where a work list lies there alone."""
+    try:
+        return dict(json.loads((folder / "result.json").read_text(encoding="utf-8"))["provenance"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _line(item: Item) -> bytes:

@@ -22,7 +22,7 @@ from forebear.evaluation.worklists.items import DECISIONS, Item, WorkList
 
 AGENT: Final = "forebear"
 LABEL, DECISION = "label", "decision"  # names of the two questions
-GIVEN, REASON = "given", "reason"  # names of facts that the configuration shows
+ROW, GIVEN, PROBABILITY, REASON = "row", "given", "probability", "reason"  # names of facts beside the texts
 LEAVING: Final = ("remove", "quarantine")  # decisions that are no label
 ISSUE_COLUMNS: Final = ("is_label_issue", "label_score", "given_label", "predicted_label")
 
@@ -34,18 +34,17 @@ def labels_of(work_list: WorkList) -> list[str]:
 
 def as_label_studio(work_list: WorkList) -> str:
     """Tasks with predictions; a suggestion is a prediction, its score the probability where that was measured."""
-    first, names = _first_column(work_list), _fact_names(work_list)
-    return (
-        json.dumps([_task(item, first, names) for item in work_list], ensure_ascii=False, allow_nan=False, indent=1)
-        + "\n"
-    )
+    first, names = _first_column(work_list), _names(work_list)
+    tasks = [_task(item, first, names) for item in work_list]
+    return json.dumps(tasks, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
 
 def _task(item: Item, to_name: str, names: Mapping[str, str]) -> dict[str, Any]:
     facts = {names[name]: value for name, value in _facts(item).items()}
     task: dict[str, Any] = {"data": {**item.texts, **facts}}
     if item.suggested is not None:
-        choice = {"from_name": LABEL, "to_name": to_name, "type": "choices", "value": {"choices": [item.suggested]}}
+        value = {"choices": [item.suggested]}
+        choice = {"from_name": names[LABEL], "to_name": to_name, "type": "choices", "value": value}
         prediction: dict[str, Any] = {"model_version": AGENT, "result": [choice]}
         if item.probability is not None:
             prediction["score"] = item.probability
@@ -55,12 +54,12 @@ def _task(item: Item, to_name: str, names: Mapping[str, str]) -> dict[str, Any]:
 
 def label_studio_config(work_list: WorkList) -> str:
     """The labelling configuration that the tasks are for: the texts, what is known, a label and a decision."""
-    columns, names = list(work_list.text_columns), _fact_names(work_list)
+    columns, names = list(work_list.text_columns), _names(work_list)
     lines = [f"  <Text name={quoteattr(name)} value={quoteattr('$' + name)}/>" for name in columns]
     lines += [f"  <Header value={quoteattr(f'Given: ${names[GIVEN]}. ${names[REASON]}')}/>"]
     first = quoteattr(_first_column(work_list))
     for question, choices in ((LABEL, labels_of(work_list)), (DECISION, LEAVING)):
-        lines.append(f'  <Choices name="{question}" toName={first} choice="single">')
+        lines.append(f'  <Choices name="{names[question]}" toName={first} choice="single">')
         lines += [f"    <Choice value={quoteattr(choice)}/>" for choice in choices]
         lines.append("  </Choices>")
     return "\n".join(["<View>", *lines, "</View>", ""])
@@ -72,24 +71,24 @@ def _first_column(work_list: WorkList) -> str:
 
 def as_argilla(work_list: WorkList) -> str:
     """Records of Argilla 2; a suggestion's score is the probability where that was measured."""
-    records = []
+    records, names = [], _names(work_list)
     for item in work_list:
         suggestion = {"value": item.suggested, "score": item.probability, "agent": AGENT}
         records.append({
             "id": f"row-{item.row}",
             "fields": dict(item.texts),
-            "metadata": {name: value for name, value in _facts(item).items() if value is not None},
-            "suggestions": {} if item.suggested is None else {LABEL: suggestion},
+            "metadata": {names[name]: value for name, value in _facts(item).items() if value is not None},
+            "suggestions": {} if item.suggested is None else {names[LABEL]: suggestion},
             "responses": {},
             "vectors": {},
         })  # fmt: skip
     return json.dumps(records, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
 
-def _fact_names(work_list: WorkList) -> dict[str, str]:
-    """Names of the facts among a task's data, each another one than those of the texts."""
+def _names(work_list: WorkList) -> dict[str, str]:
+    """Names of the questions and the facts, each another one than those of the texts: tools refuse two of a name."""
     names = {}
-    for name in _facts(Item(row=0)):
+    for name in (LABEL, DECISION, ROW, GIVEN, PROBABILITY, REASON):
         names[name] = name
         while names[name] in work_list.text_columns:
             names[name] = f"{AGENT}_{names[name]}"
@@ -97,7 +96,7 @@ def _fact_names(work_list: WorkList) -> dict[str, str]:
 
 
 def _facts(item: Item) -> dict[str, Any]:
-    return {"row": item.row, GIVEN: item.given, "probability": item.probability, REASON: item.reason}
+    return {ROW: item.row, GIVEN: item.given, PROBABILITY: item.probability, REASON: item.reason}
 
 
 def as_cleanlab(work_list: WorkList) -> str:
@@ -150,16 +149,15 @@ def answers_from(tool: str, content: str, work_list: WorkList) -> Answered:
     Raises:
         InputError: The content is not the tool's, or the tool is not known.
     """
-    readers: dict[str, Callable[[Any], dict[int, list[Answer]]]] = {
-        "label-studio": lambda tasks: _label_studio_answers(tasks, _fact_names(work_list)["row"]),
-        "argilla": _argilla_answers,
-    }
+    readers: dict[str, Callable[[Any, Mapping[str, str]], dict[int, list[Answer]]]] = {
+        "label-studio": _label_studio_answers, "argilla": _argilla_answers,
+    }  # fmt: skip
     if tool == "cleanlab":
         return _with_issues(content, work_list)
     if tool not in readers:
         raise InputError(f"--from {tool}: expected {', '.join(EXPORTS)}.")
     try:
-        answers = readers[tool](json.loads(content))
+        answers = readers[tool](json.loads(content), _names(work_list))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"this is no JSON export of {tool} ({type(error).__name__}: {error}).") from error
     items, n_answered, n_disagreed = [], 0, 0
@@ -192,15 +190,15 @@ def _decided(item: Item, answer: Answer) -> Item:
     return replace(item, decision="relabel", suggested=label)
 
 
-def _label_studio_answers(tasks: Sequence[Mapping[str, Any]], row: str) -> dict[int, list[Answer]]:
+def _label_studio_answers(tasks: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[int, list[Answer]]:
     found: dict[int, list[Answer]] = {}
     for task in tasks:
         answers = [
-            _answer(_choices(annotation["result"]))
+            _answer(_choices(annotation["result"]), names)
             for annotation in task.get("annotations", [])
             if not annotation.get("was_cancelled")
         ]
-        found.setdefault(int(task["data"][row]), []).extend(answer for answer in answers if any(answer))
+        found.setdefault(int(task["data"][names[ROW]]), []).extend(answer for answer in answers if any(answer))
     return {row: answers for row, answers in found.items() if answers}
 
 
@@ -212,26 +210,26 @@ def _choices(results: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
-def _argilla_answers(records: Sequence[Mapping[str, Any]]) -> dict[int, list[Answer]]:
+def _argilla_answers(records: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[int, list[Answer]]:
     found: dict[int, list[Answer]] = {}
     for record in records:
-        row = (record.get("metadata") or {}).get("row", str(record["id"]).removeprefix("row-"))
+        row = (record.get("metadata") or {}).get(names[ROW], str(record["id"]).removeprefix("row-"))
         by_user: dict[str, dict[str, str]] = {}
         for question, responses in (record.get("responses") or {}).items():
             for response in responses:
                 if response.get("status", "submitted") == "submitted":
                     by_user.setdefault(str(response.get("user_id")), {})[question] = str(response["value"])
-        answers = [answer for given in by_user.values() if any(answer := _answer(given))]
+        answers = [answer for given in by_user.values() if any(answer := _answer(given, names))]
         if answers:
             found.setdefault(int(row), []).extend(answers)
     return found
 
 
-def _answer(given: Mapping[str, str]) -> Answer:
-    decision = given.get(DECISION, "")
+def _answer(given: Mapping[str, str], names: Mapping[str, str]) -> Answer:
+    decision = given.get(names[DECISION], "")
     if decision and decision not in DECISIONS:
         raise ValueError(f"the decision {decision!r} is none of {', '.join(DECISIONS)}")
-    return given.get(LABEL, ""), decision
+    return given.get(names[LABEL], ""), decision
 
 
 def _with_issues(content: str, work_list: WorkList) -> Answered:

@@ -71,10 +71,10 @@ def placed_rows(items: Collection[Item], source: RowSource, *, is_first: bool = 
 
 
 def _start(items: Collection[Item], source: RowSource, *, is_first: bool) -> int:
-    """The index's number of the file's first row: that at which all items without a number in the file have their texts.
+    """The index's number of the file's first row: that at which all items without a ``source_row`` have their texts.
 
     Rows of the index that came from one file are consecutive, without those that were left out; only where some were,
-    items have no such number. A file that may be the index's first, and has their texts at 0, is taken for the first.
+    the column is empty. A file that may be the index's first, and has their texts at 0, is taken for the first.
 
     Raises:
         MismatchError: They have their texts at several numbers.

@@ -135,6 +135,17 @@ def test_the_work_list_of_an_audit_is_where_the_servers_list_begins(site, start,
     assert read_work_list(tmp_path / "suspects" / "worklist.csv") == found.work_list
 
 
+def test_the_work_list_of_an_audit_of_another_index_is_refused(site, start, bert_world, tmp_path, monkeypatch, capsys):
+    audits.duplicates(site.index).write(tmp_path / "theirs")
+    monkeypatch.chdir(tmp_path)
+    assert run(["serve", str(bert_world.index.folder), "--port", "0", "--worklists", "theirs"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"theirs holds the work list of an audit of another index, {site.index}, or of this one before" in line
+    assert not (tmp_path / "theirs" / "tiny.jsonl").exists()
+    (tmp_path / "theirs" / "result.json").unlink()  # a work list alone does not say which index it is of
+    assert start(str(bert_world.index.folder), worklists="theirs").ask("/explorer/worklist").json
+
+
 def test_a_list_that_was_kept_before_is_read_and_written_anew(site, start, tmp_path):
     old = {
         "row": 4,

@@ -170,3 +170,26 @@ def test_texts_named_like_facts_stay_and_answers_find_their_row(tmp_path):
     assert answers_from("label-studio", json.dumps([task]), WorkList((item,))).work_list.items[0].decision == "relabel"
     task["annotations"] = [{"result": [{**choice, "value": {"choices": []}}]}]  # a choice that was taken back
     assert answers_from("label-studio", json.dumps([task]), WorkList((item,))).n_answered == 0
+
+
+@pytest.mark.parametrize("tool", ["label-studio", "argilla"])
+def test_texts_named_like_questions_have_no_name_in_common_with_them(tool, tmp_path):
+    """Both tools refuse two things of one name; the answers come back by the names of the questions."""
+    item = Item(row=3, texts={"label": "on the jar", "decision": "of a court"}, given="no", suggested="yes")
+    worklists.export(WorkList((item,)), tool, tmp_path / "out.json")
+    (one,) = json.loads((tmp_path / "out.json").read_text())
+    if tool == "argilla":
+        assert one["fields"] == dict(item.texts)
+        assert not one["fields"].keys() & (one["suggestions"].keys() | one["metadata"].keys())
+        (question,) = one["suggestions"]
+        one["responses"] = {question: [{"value": "yes", "user_id": "u"}]}
+    else:
+        tags = [tag for tag in ET.fromstring((tmp_path / "out.xml").read_text()).iter() if tag.get("name")]
+        texts, choices = ([tag.get("name") for tag in tags if tag.tag == kind] for kind in ("Text", "Choices"))
+        assert texts == ["label", "decision"]
+        assert len({*texts, *choices}) == 4
+        (result,) = one["predictions"][0]["result"]
+        assert (result["from_name"], result["to_name"]) == (choices[0], "label")
+        one["annotations"] = [{"result": [result]}]
+    (found,) = answers_from(tool, json.dumps([one]), WorkList((item,))).work_list
+    assert (found.decision, found.suggested) == ("relabel", "yes")
