@@ -35,7 +35,7 @@ from forebear.indexer.building.sharing.part_files import (
     record_name,
 )
 from forebear.indexer.storage.atomic import write_bytes
-from forebear.indexer.storage.journal import SUBFOLDERS, check_content, mentions
+from forebear.indexer.storage.journal import SUBFOLDERS, check_content, holds_index, mentions
 from forebear.indexer.storage.layout import EFFECTS_NAME, JOURNAL_NAME, MANIFEST_NAME, PART_RECORDS
 from forebear.indexer.storage.manifest import canonical_json, read_manifest
 
@@ -60,6 +60,8 @@ def begin(url: str, *, resume: bool, force: bool, with_parts: bool) -> Iterator[
     with reached(url) as remote:
         how = {"resume": resume, "force": force}
         has_index, has_build = check_content(url, partial(_content, remote), remote.names(), **how)
+        if has_build:
+            holds_index(url, partial(_content, remote))
         is_kept = has_index and not force
         if is_kept:
             work = fetch_folder(url)
@@ -93,7 +95,7 @@ def write_part(url: str, *, part: str, force: bool) -> Iterator[Path]:
     """
     step = part.replace("/", "-of-")
     with reached(url) as remote:
-        if remote.has(MANIFEST_NAME):
+        if holds_index(url, partial(_content, remote)):
             work = _work(url, step)
             write_bytes(work / MANIFEST_NAME, remote.read(MANIFEST_NAME))  # says that there is nothing to write
         else:
@@ -113,7 +115,7 @@ def write_part(url: str, *, part: str, force: bool) -> Iterator[Path]:
 def commit(url: str) -> Iterator[Path]:
     """The folder in which an index is made of parts at a URL, and which goes there; the parts are in their own."""
     with reached(url) as remote:
-        if was_sent := remote.has(MANIFEST_NAME):
+        if was_sent := holds_index(url, partial(_content, remote)):
             work = fetch_folder(url)
             if mentions(partial(_content, remote), JOURNAL_NAME):  # left by a commit that was killed at its very end
                 remote.remove(PART_RECORDS, JOURNAL_NAME)

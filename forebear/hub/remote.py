@@ -14,6 +14,7 @@ from typing import Any
 
 from forebear.errors import InputError, first_line, is_out_of_memory
 from forebear.indexer.storage.atomic import TEMPORARY_SUFFIX, write_bytes
+from forebear.indexer.storage.journal import mentions
 from forebear.indexer.storage.layout import EFFECTS_NAME, MANIFEST_NAME
 from forebear.indexer.storage.manifest import read_manifest
 
@@ -144,6 +145,8 @@ def fetch_folder(url: str) -> Path:
     """
     with reached(url) as remote:
         content = remote.read(MANIFEST_NAME)
+        if not mentions(lambda _: content, MANIFEST_NAME):
+            raise InputError(f"{url} is no index: the {MANIFEST_NAME} there is another program's, or damaged.")
         folder = state_folder(url, content)
         with suppress(FileNotFoundError):
             write_bytes(folder / EFFECTS_NAME, remote.read(EFFECTS_NAME))

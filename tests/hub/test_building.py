@@ -261,6 +261,32 @@ def test_files_of_others_are_left_alone_whatever_their_names(
     assert there(store) == {name: FOREIGN[name] for name in names}
 
 
+def test_a_manifest_of_others_that_came_after_the_fit_is_no_index(
+    store: fsspec.AbstractFileSystem, given: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was taken for the index by its name: the part that was to be written was done, as the command said."""
+    fit_at(URL, given)
+    store.pipe_file("/bucket/mine/manifest.json", FOREIGN["manifest.json"])
+    here = shutil.copytree(given / "fitted", tmp_path / "here")
+    (here / "manifest.json").write_bytes(FOREIGN["manifest.json"])
+    before = there(store)
+    for place in (URL, str(here)):
+        out, train = ["index", "--out", place], ["--train", str(given / "train.jsonl")]
+        for step in (["--shard", "1/1", *train], ["--commit"]):
+            assert run([*out, *step]) == 2
+            line = capsys.readouterr().err
+            assert line == f"error: {place} holds a manifest.json that is no index's: it is left alone. " + (
+                "Move it away, or build in another place.\n"
+            )
+    for how in ({"resume": True}, {"force": True}):
+        with pytest.raises(OutputExistsError, match=f"^{URL} holds a manifest"):
+            build_index(rows(given), URL, model(given), OPTIONS, **how)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=f"^{URL} is no index: the manifest"):
+        Index.open(URL)
+    assert there(store) == before
+    assert set(hashes(here)) == {"manifest.json", *hashes(given / "fitted")}
+
+
 def test_a_fit_whose_sending_is_killed_is_gone_on_with_and_none_of_a_part(
     store: fsspec.AbstractFileSystem, given: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,8 @@ def check_target(folder: Path, *, resume: bool, force: bool) -> None:
     """Refuse a folder that holds an index or a build, unless resumed or forced; other content is never removed."""
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{folder} is a file. Give a folder for the index.")
-
-    def read(name: str) -> bytes:
-        return (folder / name).read_bytes() if (folder / name).is_file() else b""
-
     names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
-    check_content(str(folder), read, names, resume=resume, force=force)
+    check_content(str(folder), partial(content_of, folder), names, resume=resume, force=force)
 
 
 def check_content(
@@ -84,6 +81,30 @@ def mentions(read: Callable[[str], bytes], name: str) -> bool:
     The file is not parsed, so that a damaged one is recognised as well.
     """
     return _KEYS[name] in read(name)
+
+
+def holds_index(place: str, read: Callable[[str], bytes]) -> bool:
+    """Whether the place of a build holds its index already.
+
+    Args:
+        place: Its name, for messages.
+        read: Gives the content of a file by its name; nothing where there is none.
+
+    Raises:
+        OutputExistsError: It holds another program's ``manifest.json``, where that of the index would be written.
+    """
+    content = read(MANIFEST_NAME)
+    if content and _KEYS[MANIFEST_NAME] not in content:
+        raise OutputExistsError(
+            f"{place} holds a {MANIFEST_NAME} that is no index's: it is left alone. Move it away, or build in another "
+            "place."
+        )
+    return bool(content)
+
+
+def content_of(folder: Path, name: str) -> bytes:
+    """The content of a file of a folder; nothing where there is none."""
+    return (folder / name).read_bytes() if (folder / name).is_file() else b""
 
 
 def clear(folder: Path) -> None:

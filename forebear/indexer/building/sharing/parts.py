@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ from forebear.indexer.rows.user_columns import check_columns
 from forebear.indexer.spans.finders import check_same_finder
 from forebear.indexer.storage.choices import WorkKeywords
 from forebear.indexer.storage.files import url_of
-from forebear.indexer.storage.journal import add_to_journal, unfinished
+from forebear.indexer.storage.journal import add_to_journal, content_of, holds_index, unfinished
 from forebear.indexer.storage.layout import LOCK_NAME
 from forebear.indexer.storage.locks import check_free, exclusive
 from forebear.indexer.storage.manifest import read_manifest
@@ -96,7 +97,7 @@ def build_part(
 def _build_part(
     folder: Path, source: RowSource, part: str, number: int, n_parts: int, model: str | None, work: Work
 ) -> range:
-    if is_finished(folder):
+    if holds_index(str(folder), partial(content_of, folder)):
         work.tell(f"{folder} is an index already: nothing is left to do.")
         return range(0)
     fit = read_fit(folder)
@@ -243,7 +244,7 @@ def _commit(
     folder: Path, own: Sequence[str | Path], parts: Sequence[str | Path], model: str | None, work: Work
 ) -> Index:
     """The index of a folder's parts, of those at the URL that it stands for (``own``), and of others."""
-    if not is_finished(folder):
+    if not holds_index(str(folder), partial(content_of, folder)):
         read_fit(folder)  # refuses a folder without one before a lock file is made in it
     with exclusive(folder / LOCK_NAME, str(folder)):
         if is_finished(folder):
