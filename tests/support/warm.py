@@ -2,7 +2,8 @@
 
 A process of ``forebear`` takes seven seconds of processor time to import its libraries, more than most tests compute.
 Here they are imported once, by a server that starts each process as a copy of itself. The rest is as a user has it: own
-folder, environment, streams, signals and exit code. What is tested of a new interpreter uses ``subprocess``.
+folder, environment, streams, signals and exit code; but nothing waits until a file is on the disk. What is tested of a
+new interpreter uses ``subprocess``.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from pathlib import Path
 from typing import IO
 
 LIBRARIES = [
-    "faiss", "pandas", "pytest", "scipy.stats", "transformers.models.bert.modeling_bert",
-    "transformers.models.auto.tokenization_auto", "forebear.cli.main",
-    "forebear.evaluation.audits.rows.hub_shares", "forebear.evaluation.demo.run",
+    "faiss", "matplotlib.figure", "pandas", "pydantic.main", "pytest", "scipy.stats", "sklearn.linear_model",
+    "transformers.models.bert.modeling_bert", "transformers.models.auto.tokenization_auto", "transformers.trainer",
+    "forebear.cli.main", "forebear.evaluation.audits.rows.hub_shares", "forebear.evaluation.demo.run",
 ]  # fmt: skip
 _COMMAND = "from forebear.cli.main import main; main()"
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -154,6 +155,7 @@ def _be(code: str, arguments: list[str], folder: str, environment: dict[str, str
 
 def _become(code: str, arguments: list[str], folder: str, environment: dict[str, str]) -> None:
     gc.freeze()  # garbage is not sought among the libraries, at the end of each training of transformers
+    os.fsync = os.fstat  # type: ignore[assignment]  # files of tests need not outlive a loss of power
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where these tests run in the background
     os.environ.clear()
     os.environ.update(environment)

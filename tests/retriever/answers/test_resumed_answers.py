@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -15,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import N_QUERIES, N_ROWS
 from interruptions import hashes
+from tiny import write_jsonl
 from warm import run_program
 
 from forebear.cli.main import run
@@ -39,12 +42,13 @@ def _small_blocks(monkeypatch):
     monkeypatch.setattr("forebear.retriever.retriever.queries_together", lambda *_: BLOCK_ROWS)
 
 
+def write_test_rows(world, folder: Path) -> Path:
+    return write_jsonl(folder / "test.jsonl", text=world.queries, label=world.query_labels)
+
+
 @pytest.fixture
 def test_rows(bert_world, tmp_path):
-    path = tmp_path / "test.jsonl"
-    rows = zip(bert_world.queries, bert_world.query_labels, strict=True)
-    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
-    return path
+    return write_test_rows(bert_world, tmp_path)
 
 
 def arguments(world, test, out, *more, methods=ASKED, top=TOP):
@@ -91,12 +95,22 @@ KILLED = {  # where, and the parts that are there then
 }
 
 
+@pytest.fixture(scope="module")
+def undisturbed(bert_world, tmp_path_factory):
+    """The bytes that a run leaves which nothing ends, and what it says with its file's name as ``{out}``."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as said:
+        patch.setattr("forebear.retriever.retriever.queries_together", lambda *_: BLOCK_ROWS)
+        asked = arguments(bert_world, write_test_rows(bert_world, folder), folder / "whole.parquet")
+        assert run(asked) == 0
+    return (folder / "whole.parquet").read_bytes(), said.getvalue().replace(str(folder / "whole.parquet"), "{out}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", KILLED)
-def test_a_killed_run_goes_on_to_the_same_bytes(where, bert_world, test_rows, tmp_path, capsys):
-    whole, out = tmp_path / "whole.parquet", tmp_path / "a.parquet"
-    assert run(arguments(bert_world, test_rows, whole)) == 0
-    said = capsys.readouterr().err.replace(str(whole), str(out)).splitlines()
+def test_a_killed_run_goes_on_to_the_same_bytes(where, bert_world, undisturbed, test_rows, tmp_path, capsys):
+    out, (wanted, said_of_it) = tmp_path / "a.parquet", undisturbed
+    said = said_of_it.replace("{out}", str(out)).splitlines()
     code, n_parts = KILLED[where]
     killed(arguments(bert_world, test_rows, out), code)
     folder = tmp_path / "a.parquet.parts"
@@ -111,9 +125,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(where, bert_world, test_rows, tm
         more = ["--force"] if out.exists() else []
         assert run(arguments(bert_world, test_rows, out, "--resume", *more)) == 0
     assert asked == [0, 2, 4, 6][n_parts:]
-    assert out.read_bytes() == whole.read_bytes()
+    assert out.read_bytes() == wanted
     assert not folder.exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.parquet", "test.jsonl", "whole.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.parquet", "test.jsonl"]
     again = capsys.readouterr().err.splitlines()
     n_done = min(N_QUERIES, BLOCK_ROWS * n_parts)
     assert [line for line in again if line not in said] == [
