@@ -150,7 +150,7 @@ class HansRetrained:
     def over_seeds(self, name: str, other: str, group: str, seed: int = 0) -> Mean | None:
         """The mean difference with its interval over seeds; None where nothing in it depends on the seed, or one is
         all there is."""
-        varies = self.is_seeded or "random" in name + other
+        varies = self.is_seeded or any(change.control.name in (name, other) for change in self.changes)
         return mean_of(self.difference(name, other, group), seed) if varies and len(self.seeds) > 1 else None
 
     def over_rows(self, name: str, other: str, group: str, seed: int = 0) -> Mean:

@@ -14,6 +14,7 @@ from forebear.evaluation.retraining.changes import IN_PLACE
 
 ENTAILED, NOT_ENTAILED = KINDS.values()
 MAIN = (ENTAILED, NOT_ENTAILED, IN_DOMAIN)
+NOISE = "within the seeds' noise"
 POINTS = 100.0  # percentage points in an accuracy of 1
 _CONTROL = "The control is the same change of as many random other rows with the same labels, drawn anew for each seed."
 _INTERVALS = (
@@ -27,7 +28,7 @@ def noise_of(interval: Mean | None) -> str:
     if interval is None or interval.low is None or interval.high is None:
         return "not known (one seed)"
     if interval.low <= 0 <= interval.high:
-        return "within the seeds' noise"
+        return NOISE
     return "rises" if interval.mean > 0 else "falls"
 
 
@@ -69,12 +70,13 @@ def _of_one(one: HansRetrained, change: Change, seed: int) -> str:
     excess = float(one.difference(change.name, change.control.name, NOT_ENTAILED).mean())
     noise = noise_of(beyond)
     verdict = {
-        "rises": f"it rises beyond the control by {_points(excess, beyond)}",
-        "falls": f"it falls below the control by {_points(-excess, None)} ({_points(excess, beyond)})",
-    }.get(noise, f"against the control that is {_points(excess, beyond)}, {noise}")
+        "rises": f"that is {_points(excess, beyond)} beyond the control",
+        "falls": f"that is less than the control, {_points(excess, beyond)}",
+        NOISE: f"against the control that is {_points(excess, beyond)}, within the seeds' noise",
+    }.get(noise, f"against the control that is {_points(excess, None)}, which one seed cannot tell from noise")
     costs = [
         f"{name} {_points(float(difference.mean()), interval)}"
-        + (", within the seeds' noise" if interval and noise_of(interval) == "within the seeds' noise" else "")
+        + (f", {NOISE}" if interval and noise_of(interval) == NOISE else "")
         for name in (ENTAILED, IN_DOMAIN)
         if name in one.groups
         for difference, interval in [
@@ -130,7 +132,8 @@ def _accuracy_table(found: Mapping[str, HansRetrained]) -> Table:
         for index, r in found.items()
         for name in _names(r)
     ]
-    note = f"In percent, means over the seeds. {_CONTROL}" + (IN_PLACE if one.is_seeded else "")
+    note = f"In percent, means over the seeds. {_CONTROL}"
+    note += IN_PLACE if one.is_seeded else " The retraining has no randomness: seeds draw the control alone."
     return Table("Accuracy, retrained", [*_index_head(found), "training rows", *groups], lines, note)
 
 
