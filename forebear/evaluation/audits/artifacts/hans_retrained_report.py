@@ -68,12 +68,11 @@ def _of_one(one: HansRetrained, change: Change, seed: int) -> str:
     gain = one.over_seeds(change.name, ALL_ROWS, NOT_ENTAILED, seed)
     beyond = one.over_seeds(change.name, change.control.name, NOT_ENTAILED, seed)
     excess = float(one.difference(change.name, change.control.name, NOT_ENTAILED).mean())
-    noise = noise_of(beyond)
     verdict = {
-        "rises": f"that is {_points(excess, beyond)} beyond the control",
-        "falls": f"that is less than the control, {_points(excess, beyond)}",
-        NOISE: f"against the control that is {_points(excess, beyond)}, within the seeds' noise",
-    }.get(noise, f"against the control that is {_points(excess, None)}, which one seed cannot tell from noise")
+        "rises": "Beyond the control it rises",
+        "falls": "It does not rise beyond the control, but falls below it",
+        NOISE: "It does not rise beyond the control by more than the seeds' noise",
+    }.get(noise_of(beyond), "One seed cannot tell whether it rises beyond the control")
     costs = [
         f"{name} {_points(float(difference.mean()), interval)}"
         + (f", {NOISE}" if interval and noise_of(interval) == NOISE else "")
@@ -85,7 +84,7 @@ def _of_one(one: HansRetrained, change: Change, seed: int) -> str:
     ]
     return (
         f"the model is right on {after:.1%} of the non-entailment rows, with all rows on {before:.1%} "
-        f"({_points(after - before, gain)}); {verdict}. What it costs: {'; '.join(costs)}."
+        f"({_points(after - before, gain)}). {verdict}: {_points(excess, beyond)}. What it costs: {'; '.join(costs)}."
     )
 
 
