@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import datasets
 import numpy as np
@@ -14,10 +15,11 @@ from tiny import labels, make_tiny_model, sentences, write_jsonl
 from forebear import BuildOptions, InputError, Retriever, audits, build_index, choose_model, open_rows, train
 from forebear.cli.main import run
 from forebear.evaluation.audits.artifacts.hans import audit_hans, shortcut_rows, telling_method
+from forebear.evaluation.audits.artifacts.hans_indexes import names_of
 from forebear.evaluation.audits.artifacts.hans_retrained_report import noise_of
 from forebear.evaluation.common.statistics import Mean
 from forebear.evaluation.python.retrainings import Retraining
-from forebear.evaluation.worklists.files import read_work_list
+from forebear.evaluation.worklists.files import file_names, read_work_list
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.training.fine_tuning import TrainOptions
 
@@ -278,3 +280,15 @@ def test_an_index_without_nli_labels_is_named_before_the_work(place, tmp_path, m
     call = [*call[:4], "--index", place / "two", "--test", place / "hans.jsonl", "--model", tmp_path / "model"]
     assert run([str(word) for word in [*call, "--out", tmp_path / "out"]]) == 2
     assert "--model is one model, --index 2 indexes" in capsys.readouterr().err
+
+
+def test_indexes_of_one_folder_name_have_names_and_lists_of_their_own(place, tmp_path):
+    (tmp_path / "one").symlink_to(place / "two")
+    (tmp_path / "a").mkdir()
+    copied = tmp_path / "a" / "one"
+    shutil.copytree(place / "two", copied)
+    names = names_of([Retriever(place / "one"), Retriever(copied)])
+    assert names == [str(place / "one"), str(copied)]
+    assert file_names(["a b", "a/b", "../x", "é"]) == ["worklist-a-b", "worklist-a-b-2", "worklist-x", "worklist-index"]
+    with pytest.raises(InputError, match="is named twice"):
+        names_of([Retriever(place / "two"), Retriever(tmp_path / "one")])

@@ -84,7 +84,7 @@ def hans_page(
     if not found.retrained:
         return report, result
     recipe, note = (next(iter(facts.values()))[key] for key in ("retrain", "note"))
-    seeds = [f"{', '.join(map(str, r.seeds))}" for r in found.retrained.values()]
+    seeds = [", ".join(map(str, r.seeds)) for r in found.retrained.values()]
     few = [
         f" Of {name} {r.n_asked:,} rows of the shortcut are asked for; its audit names {r.n_named:,}, which are taken. "
         "A larger top names more."
