@@ -85,17 +85,19 @@ def hans_page(
         return report, result
     recipe, note = (next(iter(facts.values()))[key] for key in ("retrain", "note"))
     seeds = [", ".join(map(str, r.seeds)) for r in found.retrained.values()]
-    few = [
+    remarks = [
         f" Of {name} {r.n_asked:,} rows of the shortcut are asked for; its audit names {r.n_named:,}, which are taken. "
         "A larger top names more."
         for name, r in found.retrained.items()
         if r.n_asked is not None and r.n_asked > r.n_named
     ]
+    audited = ", ".join(f"{audit.accuracy[1] or 0.0:.1%}" for audit in found.audits.values())
+    remarks.insert(0, f" As audited, before any retraining, the right answers on non-entailment rows are {audited}.")
     tables, more = retrained_tables(found.retrained, seed), list(report.tables)
     lines = {"retraining": f"{recipe}. {note}", "seeds": "; of the next index ".join(seeds)}
     report = replace(
         report,
-        summary=f"{report.summary} {retrained_summary(found.retrained, recipe, seed)}{''.join(few)}",
+        summary=f"{report.summary} {retrained_summary(found.retrained, recipe, seed)}{''.join(remarks)}",
         tables=(*more[:FIRST_TABLES], *tables, *more[FIRST_TABLES:]),
         figures=(*report.figures, retrained_figure(found.retrained, seed)),
         provenance={**report.provenance, **lines},
