@@ -27,7 +27,7 @@ PINNED = ROOT / "tests" / "cli" / "options.txt"
 DECLARED_MORE_THAN_ONCE = {  # one name, several meanings: what each declaration is of
     "--model": ("of an index, if it has moved", "to index", "to start training from"),
     "--out": ("report", "index", "run", "answers", "demo", "site", "training file", "list"),
-    "--index": ("one", "one or several", "of a work list"),
+    "--index": ("one", "one or several of one model", "one or several, compared", "of a work list"),
     "--top": ("k", "several k", "rows that a report lists"),
     "--shard": ("of an index's rows", "of test rows"),
     "--scope": ("of a question", "of a question, several", "of an index, several"),
@@ -37,7 +37,7 @@ DECLARED_MORE_THAN_ONCE = {  # one name, several meanings: what each declaration
     "--rows": ("sampled", "changed", "recomputed", "left out"),
     "--queries": ("asked about; 0: all", "attacked, or mended for"),
     "--seed": ("any", "from 0 up"),
-    "--dev": ("whose accuracy is measured", "whose mistakes are mended"),
+    "--dev": ("whose accuracy is measured", "whose mistakes are mended", "on which a cost is measured"),
     "--force": ("of what is written", "of an index"),
     "--resume": ("a change of an index", "a file of answers"),
     "--to": ("label that an answer flips to", "labelling tool"),

@@ -10,6 +10,7 @@ import typer
 
 from forebear.cli.options.groups import Options
 from forebear.cli.screen.console import listed
+from forebear.errors import InputError
 
 if TYPE_CHECKING:
     from forebear.retriever.retriever import Retriever
@@ -101,6 +102,36 @@ class IndexOptions(Options, panel="Index and model"):
         from forebear.retriever.retriever import Retriever
 
         return Retriever(self.index, model=self.model, **self.places())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedOptions(Options, panel="Index and model"):
+    """One index, or several of other models or seeds, which are compared."""
+
+    indexes: Annotated[
+        list[str],
+        typer.Option(
+            "--index", help="The index folder; several, each of its own model, stand side by side.", show_default=False
+        ),
+    ]
+    model: MovedModel = None
+    device: Device = "auto"
+    devices: Devices = None
+
+    def each(self) -> list[IndexOptions]:
+        """The options of each index."""
+        if self.model is not None and len(self.indexes) > 1:
+            raise InputError(
+                f"--model is one model, --index {len(self.indexes)} indexes. Leave --model out, or name one index."
+            )
+        return [
+            IndexOptions(index=index, model=self.model, device=self.device, devices=self.devices)
+            for index in self.indexes
+        ]
+
+    def open(self) -> list[Retriever]:
+        """The retriever of each index."""
+        return [options.open() for options in self.each()]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -62,7 +62,13 @@ class FolderOptions(OutputOptions):
         """The folder ``--out`` as a path."""
         return Path(self.out)
 
-    def call(self, function: Callable[..., Finding[Any]], retriever: Retriever, *groups: Options, **given: Any) -> None:
+    def call(
+        self,
+        function: Callable[..., Finding[Any]],
+        retriever: Retriever | Sequence[Retriever],
+        *groups: Options,
+        **given: Any,
+    ) -> None:
         """See :meth:`ReportOptions.call`."""
         ReportOptions(**values_of(self)).call(function, retriever, *groups, **given)
 
@@ -84,7 +90,7 @@ class ReportOptions(OutputOptions):
     def call(
         self,
         function: Callable[..., Finding[Any]],
-        retriever: Retriever,
+        retriever: Retriever | Sequence[Retriever],
         *groups: Options,
         shown: Callable[[Report], Report] | None = None,
         **given: Any,
@@ -95,14 +101,14 @@ class ReportOptions(OutputOptions):
 
         Args:
             function: The function.
-            retriever: Over the index.
+            retriever: Over the index, or over each of several.
             *groups: Groups of options that are keywords of the function by the same names.
             shown: Shortens the report for the screen.
             **given: Further keywords of the function. What is None or empty is left to the function's defaults; lists
                 of texts may hold several values in one, separated by commas.
         """
         from forebear.evaluation.reports.report import render_json
-        from forebear.evaluation.worklists.files import FILES
+        from forebear.evaluation.worklists.files import FILES, file_names
 
         self.check()
         given = {name: _values(value) for name, value in (values_of(*groups) | given).items()}
@@ -117,7 +123,8 @@ class ReportOptions(OutputOptions):
         else:
             show_report(finding.report if shown is None else shown(finding.report))
         if page is not None:
-            say_written(page, *([] if finding.work_list is None else FILES))
+            own = [f"{name}.csv" for name in file_names(finding.work_lists)]
+            say_written(page, *own, *([] if finding.work_list is None else FILES))
 
 
 def _values(value: Any) -> Any:

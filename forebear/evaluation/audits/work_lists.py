@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from forebear.evaluation.audits.artifacts.features import Feature
-from forebear.evaluation.audits.artifacts.hans import HansAudit, telling_method
+from forebear.evaluation.audits.artifacts.hans import HansAudit, shortcut_rows, telling_method
 from forebear.evaluation.audits.artifacts.regression import ArtifactRegression
 from forebear.evaluation.audits.rows.duplicates import DuplicateGroup
 from forebear.evaluation.audits.rows.errors import ErrorGroup
@@ -115,20 +115,18 @@ def _hub_shares(counted: Hubs, column: int) -> list[tuple[str, float]]:
     ]
 
 
-def hans_list(audit: HansAudit, index: Index) -> WorkList:
-    """Rows of more than the ordinary overlap at the top for wrong "entailment"s, by the method that tells most."""
-    m = telling_method(audit)
+def hans_list(audit: HansAudit, index: Index, n_rows: int = MOST_BEHIND) -> WorkList:
+    """The first of the :func:`shortcut_rows`: at the top for wrong "entailment"s by the method that tells most."""
+    m, rows = telling_method(audit), shortcut_rows(audit, index)[:n_rows]
     counts, overlaps = audit.counts[m], audit.row_overlap
-    order = np.argsort(-counts, kind="stable")
-    order = order[(counts[order] > 0) & (overlaps[order] > audit.all_rows_overlap)][:MOST_BEHIND]
     k = audit.overlap.shape[2]
     reasons = [
         f"in the top {k} by {audit.methods[m]} of {counts[row]:,} of {audit.n_queries:,} pairs wrongly taken for "
         f"entailment; {overlaps[row]:.0%} of its hypothesis' words are in its premise"
-        for row in order.tolist()
+        for row in rows.tolist()
     ]
-    figures = {"wrong entailments": counts[order], "overlap": overlaps[order]}
-    return list_rows(index, order, reasons, evidence=figures)
+    figures = {"wrong entailments": counts[rows], "overlap": overlaps[rows]}
+    return list_rows(index, rows, reasons, evidence=figures)
 
 
 def artifact_list(found: ArtifactRegression, feature: Feature, values: np.ndarray, index: Index) -> WorkList:

@@ -13,13 +13,12 @@ choices of a :class:`~forebear.QuerySpec`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forebear.errors import InputError
 from forebear.evaluation.audits import work_lists
-from forebear.evaluation.audits.artifacts import hans as of_hans
 from forebear.evaluation.audits.artifacts.features import (
     Feature,
     measure,
@@ -39,6 +38,7 @@ from forebear.evaluation.audits.versions.row_changes import check_versions, row_
 from forebear.evaluation.common.inputs import Inputs
 from forebear.evaluation.common.queries import sample_queries
 from forebear.evaluation.measures.mislabelled import wrong_rows_of
+from forebear.evaluation.python.hans import hans
 from forebear.evaluation.python.leaving_out import deletion, sources
 from forebear.evaluation.python.opening import (
     Finding,
@@ -74,34 +74,6 @@ __all__ = [
     "sources",
     "suspects",
 ]
-
-
-def hans(
-    retriever: IndexLike,
-    rows: Rows,
-    methods: Sequence[str] | None = None,
-    *,
-    top: int = 10,
-    progress: Progress | bool = False,
-) -> Finding[of_hans.HansAudit]:
-    """Do the training rows behind a wrong "entailment" share the lexical-overlap shortcut?
-
-    Args:
-        retriever: Over an index of pairs.
-        rows: Test pairs labelled entailment or non-entailment.
-        methods: Names of methods; None: all methods that score rows.
-        top: Rows whose overlap is averaged.
-        progress: True, or a function.
-
-    Raises:
-        InputError: The rows or methods do not fit the index.
-        DataError: The rows have other labels, or no row is mispredicted as entailment.
-    """
-    retriever = retriever_of(retriever, "audits.hans")
-    source = tested_rows(retriever.label_names, rows, like=retriever.index.manifest.row_format, need_labels=True)
-    found = of_hans.audit_hans(retriever, source, methods, top=top, progress=progress_of(progress))
-    page = of_hans.hans_report(found, retriever, source, called("audits.hans"))
-    return finding(found, page, work_lists.hans_list(found, retriever.index))
 
 
 def overlap(

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from forebear.errors import InputError
 from forebear.evaluation.common.inputs import Inputs
 from forebear.evaluation.common.queries import QueryRows, sample_queries
 from forebear.evaluation.common.span_queries import sample_span_queries
-from forebear.evaluation.reports.report import Report, write_report
-from forebear.evaluation.worklists.files import rendered
+from forebear.evaluation.reports.report import Group, Report, write_report
+from forebear.evaluation.worklists.files import file_names, rendered
 from forebear.evaluation.worklists.items import WorkList
 from forebear.evaluation.worklists.passages import SHOWN_ITEMS, passages_of
 from forebear.indexer.index import Index
@@ -53,23 +54,28 @@ class Finding(Generic[T]):
         report: Tables, figures and data rows, as the page shows them.
         result: The numbers as plain values, as ``result.json`` holds them.
         work_list: The training rows that it names, to be decided on; None where it names none.
+        work_lists: Of several indexes the list of each, by the index's name.
     """
 
     numbers: T
     report: Report
     result: Mapping[str, Any]
     work_list: WorkList | None = field(default=None, kw_only=True)
+    work_lists: Mapping[str, WorkList] = field(default_factory=dict, kw_only=True)
 
     def write(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write report.html, its tables as CSV, result.json and report.json, as the commands do; the page's path.
 
-        A work list goes beside them: worklist.parquet, worklist.csv and worklist.jsonl, which hold the same.
+        A work list goes beside them: worklist.parquet, worklist.csv and worklist.jsonl, which hold the same. Of several
+        indexes each has its own: worklist-NAME.csv and so on.
 
         Raises:
             OutputExistsError: The folder holds a report and ``force`` is not given.
             StorageError: The folder cannot be written.
         """
         beside = {} if self.work_list is None else rendered(self.work_list)
+        for name, work_list in zip(file_names(self.work_lists), self.work_lists.values(), strict=True):
+            beside |= rendered(work_list, name)
         return write_report(self.report, Path(folder), result=self.result, force=force, beside=beside)
 
     def __repr__(self) -> str:
@@ -233,9 +239,25 @@ def called(function: str) -> str:
     return caller(f"forebear.{function}(...) in Python")
 
 
-def finding(found: T, page: tuple[Report, Mapping[str, Any]], work_list: WorkList | None = None) -> Finding[T]:
-    """A finding from the numbers, the pair of report and plain numbers, and the rows that somebody should decide on."""
+def finding(
+    found: T,
+    page: tuple[Report, Mapping[str, Any]],
+    work_list: WorkList | None = None,
+    work_lists: Mapping[str, WorkList] = MappingProxyType({}),
+) -> Finding[T]:
+    """A finding from the numbers, the pair of report and plain numbers, and the rows that somebody should decide on:
+    one list, or one for each of several indexes, by its name."""
     report, result = page
     if work_list is not None:
         report = replace(report, listed=passages_of(work_list, SHOWN_ITEMS), n_listed=len(work_list))
-    return Finding(found, report, result, work_list=work_list)
+    groups = [
+        Group(
+            f"{index}: rows to decide on",
+            passages_of(some, SHOWN_ITEMS),
+            f"The first {min(SHOWN_ITEMS, len(some))} of {len(some):,}. All of them are in {name}.csv, .jsonl and "
+            ".parquet beside this page.",
+        )
+        for (index, some), name in zip(work_lists.items(), file_names(work_lists), strict=True)
+    ]
+    report = replace(report, groups=(*groups, *report.groups))
+    return Finding(found, report, result, work_list=work_list, work_lists=work_lists)

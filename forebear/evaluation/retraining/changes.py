@@ -1,4 +1,4 @@
-"""Parts that all measures by retraining share: changes of probability, seeds, provenance lines of their reports."""
+"""Parts that all measures by retraining share: changes of probability, seeds, budgets, lines of their reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from forebear.evaluation.common.comparisons import provenance
 from forebear.evaluation.common.inputs import Inputs
 from forebear.evaluation.common.power import compare, no_verdict
 from forebear.evaluation.common.queries import QueryRows
-from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
+from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer
+from forebear.wording import worded
 
 RANDOM = "(random rows)"
 MATCHED_NOTE = (
@@ -145,3 +146,45 @@ def probability_changes(
         before = unchanged.probabilities[i, target]
         changes[:, s, i] = [outcome.probabilities[i, target] - before for outcome in reduced]
     return changes, sampled
+
+
+def within_budget(
+    retrainer: Retrainer, units: Sequence[Sequence[Job]], budget: int | None, seed: int
+) -> tuple[np.ndarray, str]:
+    """Choose the units that are run, so that no more than ``budget`` different models are trained.
+
+    A unit is the jobs that are compared with each other (those of one query and seed, say), so a sample of units
+    leaves the comparison fair. Jobs that units share count once; jobs in the cache count like any other, so that the
+    sample does not depend on what was run before.
+
+    Args:
+        retrainer: Its digests tell which jobs are equal.
+        units: Jobs of each unit.
+        budget: Models at most; None: no limit.
+        seed: Seed of the random order in which units are taken until a unit no longer fits.
+
+    Returns:
+        Numbers of the units, ascending, and one line that says what was sampled.
+
+    Raises:
+        InputError: Not even one unit fits.
+    """
+    digests = [{retrainer.digest(job) for job in unit} for unit in units]
+    total = len(set().union(*digests))
+    if budget is None or total <= budget:
+        return np.arange(len(units)), f"all {total:,} retrainings"
+    taken: set[str] = set()
+    kept: list[int] = []
+    for i in np.random.default_rng([seed, 11]).permutation(len(units)).tolist():
+        if len(taken | digests[i]) > budget:
+            break
+        taken |= digests[i]
+        kept.append(i)
+    if not kept:
+        least = min(map(len, digests))
+        raise InputError(
+            f"--budget {budget}: one comparison takes {least} or more retrainings. Give a larger budget, or fewer "
+            "methods or amounts."
+        )
+    sample = f"{len(taken):,} of {total:,} retrainings (--budget {budget}): {len(kept):,} of {len(units):,} comparisons"
+    return np.sort(kept), worded(f"{sample}, sampled with seed {seed}")

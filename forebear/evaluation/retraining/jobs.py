@@ -1,8 +1,8 @@
 """Retraining: jobs (which rows, what seed), each outcome kept under its digest, so that no job is trained twice.
 
-A *job* says on which training rows a model is trained: some rows of the index, texts of some of them changed, some
-rows added. Its *outcome* is the retrained model's logits on the evaluation rows. How a model is trained is the
-recipe's (:mod:`forebear.evaluation.retraining.recipes`).
+A *job* says on which training rows a model is trained: some rows of the index, texts, labels or weights of some of them
+changed, some rows added. Its *outcome* is the retrained model's logits on the evaluation rows. How a model is trained
+is the recipe's (:mod:`forebear.evaluation.retraining.recipes`).
 
 Retrainings that are compared are *paired*: what a job changes, it changes in place. Rows left out stand in the batches
 and weigh nothing, changed rows stand where they stood; order, number of steps, rates and dropout of every step are
@@ -19,6 +19,7 @@ theirs in the end.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -34,7 +35,6 @@ from forebear.indexer.index import Index
 from forebear.indexer.losses.cross_entropy import IGNORED, softmax
 from forebear.indexer.storage.locks import claimed
 from forebear.indexer.storage.manifest import canonical_json, digest_of
-from forebear.wording import worded
 
 POLL_SECONDS = 0.2  # between looks at the jobs of other processes
 Progress = Callable[[str, int, int], None]
@@ -53,6 +53,8 @@ class Job:
         without: Row numbers out of ``rows``, ascending, that are not trained on. They keep their place in the batches
             and weigh nothing in the loss of their step.
         relabels: Other class ids of some of these rows, by row number.
+        weights: Factors of the losses of some of these rows, by row number, from 0 up; of all other rows 1. A weight of
+            2 counts like the row twice, 0 like a row that is left out. The mean loss of a step is the weighted one.
     """
 
     rows: np.ndarray
@@ -61,6 +63,7 @@ class Job:
     extra: Sequence[tuple[Texts, int]] = ()
     without: np.ndarray | None = None
     relabels: Mapping[int, int] = field(default_factory=dict)
+    weights: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def kept(self) -> np.ndarray:
@@ -83,6 +86,20 @@ class Job:
         if self.without is not None:
             placed[np.searchsorted(self.rows, self.without)] = IGNORED
         return placed
+
+    def weighted_labels(self, row_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """:meth:`labels`, and the weight of every row in its place, ``(n,)`` float64; None where no row has one.
+
+        Where rows have weights, those left out have weight 0 and a class id, so that every row has a loss.
+        """
+        placed = self.labels(row_labels)
+        if not self.weights:
+            return placed, None
+        factors = np.ones(len(placed))
+        rows = np.array(sorted(self.weights), np.int64)
+        factors[np.searchsorted(self.rows, rows)] = [self.weights[row] for row in rows.tolist()]
+        factors[placed == IGNORED] = 0.0
+        return np.where(placed == IGNORED, 0, placed), factors
 
     def changed(self) -> tuple[np.ndarray, list[list[str]]]:
         """Places of edited and added rows, as in :meth:`labels`, and their texts, one list a column."""
@@ -108,6 +125,8 @@ class Job:
             choices.append(self.without.tolist())
         if self.relabels:
             choices.append({"relabels": sorted((int(row), int(label)) for row, label in self.relabels.items())})
+        if self.weights:
+            choices.append({"weights": sorted((int(row), float(weight)) for row, weight in self.weights.items())})
         sha256.update(canonical_json(choices))
         return sha256.hexdigest()
 
@@ -194,20 +213,21 @@ class TrainingRows:
         """Refuse a job that no model can be trained on.
 
         Raises:
-            InputError: Rows are out of range or out of order, an edited row is not trained on, an edited or added row
-                has another number of texts, or there are no rows; the message names the job.
+            InputError: Rows are out of range or out of order, an edited, relabelled or weighted row is not trained on,
+                an edited or added row has another number of texts, or there are no rows; the message names the job.
         """
         rows = job.rows
         if job.without is not None and (not np.isin(job.without, rows).all() or (np.diff(job.without) < 1).any()):
             raise InputError(f"{name}: expected rows to leave out that are among the others, ascending, each once.")
         if len(rows) and (rows[0] < 0 or rows[-1] >= len(self.labels) or (np.diff(rows) < 1).any()):
             raise InputError(f"{name}: expected row numbers from 0 to {len(self.labels) - 1}, ascending, each once.")
-        foreign = sorted(set(job.edits) - set(job.kept.tolist())) if job.edits else []
-        if foreign:
-            raise InputError(f"{name}: row {foreign[0]} is edited but not trained on. Leave the edit out.")
-        foreign = sorted(set(job.relabels) - set(job.kept.tolist())) if job.relabels else []
-        if foreign:
-            raise InputError(f"{name}: row {foreign[0]} is relabelled but not trained on. Leave its label out.")
+        changes = {"edited": job.edits, "relabelled": job.relabels, "weighted": job.weights}
+        what = {"edited": "the edit", "relabelled": "its label", "weighted": "its weight"}
+        for change, changed in changes.items():
+            if changed and (foreign := sorted(set(changed) - set(job.kept.tolist()))):
+                raise InputError(f"{name}: row {foreign[0]} is {change} but not trained on. Leave {what[change]} out.")
+        if wrong := [row for row, weight in job.weights.items() if not 0 <= weight < math.inf]:
+            raise InputError(f"{name}: row {wrong[0]} has the weight {job.weights[wrong[0]]}; expected 0 or more.")
         if any(not 0 <= label < len(self.label_names) for label in job.relabels.values()):
             raise InputError(f"{name}: a row's new class id is outside of 0 to {len(self.label_names) - 1}.")
         texts = [*job.edits.values(), *(texts for texts, _ in job.extra)]
@@ -215,7 +235,7 @@ class TrainingRows:
             raise InputError(f"{name}: an edited or added row has not {len(self.texts)} text(s), as the index's rows.")
         if any(not 0 <= label < len(self.label_names) for _, label in job.extra):
             raise InputError(f"{name}: an added row has a class id outside of 0 to {len(self.label_names) - 1}.")
-        if not len(job):
+        if not len(job) - sum(weight == 0 for weight in job.weights.values()):
             raise InputError(f"{name} would train on no rows. Remove fewer rows.")
 
 
@@ -353,45 +373,3 @@ class Retrainer:
         if line not in self.warnings:
             self.warnings.append(line)
         return None
-
-
-def within_budget(
-    retrainer: Retrainer, units: Sequence[Sequence[Job]], budget: int | None, seed: int
-) -> tuple[np.ndarray, str]:
-    """Choose the units that are run, so that no more than ``budget`` different models are trained.
-
-    A unit is the jobs that are compared with each other (those of one query and seed, say), so a sample of units
-    leaves the comparison fair. Jobs that units share count once; jobs in the cache count like any other, so that the
-    sample does not depend on what was run before.
-
-    Args:
-        retrainer: Its digests tell which jobs are equal.
-        units: Jobs of each unit.
-        budget: Models at most; None: no limit.
-        seed: Seed of the random order in which units are taken until a unit no longer fits.
-
-    Returns:
-        Numbers of the units, ascending, and one line that says what was sampled.
-
-    Raises:
-        InputError: Not even one unit fits.
-    """
-    digests = [{retrainer.digest(job) for job in unit} for unit in units]
-    total = len(set().union(*digests))
-    if budget is None or total <= budget:
-        return np.arange(len(units)), f"all {total:,} retrainings"
-    taken: set[str] = set()
-    kept: list[int] = []
-    for i in np.random.default_rng([seed, 11]).permutation(len(units)).tolist():
-        if len(taken | digests[i]) > budget:
-            break
-        taken |= digests[i]
-        kept.append(i)
-    if not kept:
-        least = min(map(len, digests))
-        raise InputError(
-            f"--budget {budget}: one comparison takes {least} or more retrainings. Give a larger budget, or fewer "
-            "methods or amounts."
-        )
-    sample = f"{len(taken):,} of {total:,} retrainings (--budget {budget}): {len(kept):,} of {len(units):,} comparisons"
-    return np.sort(kept), worded(f"{sample}, sampled with seed {seed}")

@@ -46,7 +46,10 @@ class FullRecipe:
         if len(places):
             for i, row in zip(places, arrays(encode(classifier, texts)), strict=True):
                 encoded[i] = row
-        labelled = [{**row, "labels": int(label)} for row, label in zip(encoded, job.labels(self._labels), strict=True)]
+        labels, weights = job.weighted_labels(self._labels)
+        labelled = [{**row, "labels": int(label)} for row, label in zip(encoded, labels, strict=True)]
+        if weights is not None:
+            labelled = [{**row, "weight": float(weight)} for row, weight in zip(labelled, weights, strict=True)]
         options = replace(self._start.options, seed=job.seed)
         with own_random_numbers(classifier.device):
             fine_tune(classifier, labelled, options, lengths=placed_lengths(job, self._lengths))

@@ -81,23 +81,33 @@ class HeadRecipe:
 
     def train(self, job: Job) -> np.ndarray:
         """Logits of the refitted head on the evaluation rows, ``(q, c)``."""
-        labels = torch.from_numpy(job.labels(self._labels))
+        labels, weights = job.weighted_labels(self._labels)
         features = torch.empty((len(labels), self._features.shape[1]), dtype=torch.float64)
         features[: len(job.rows)] = self._features[job.rows]
         places, texts = job.changed()
         if len(places):
             features[places] = self._extended(run_forward(self._classifier, texts).features)
-        kept = labels != IGNORED
-        weights = self._fit(features[kept], labels[kept], f"{len(job)} rows")
-        return (self._evaluation @ weights.T).numpy()
+        kept = torch.from_numpy(labels != IGNORED if weights is None else weights > 0)
+        of_kept = None if weights is None else torch.from_numpy(weights)[kept]
+        head = self._fit(features[kept], torch.from_numpy(labels)[kept], f"{len(job)} rows", of_kept)
+        return (self._evaluation @ head.T).numpy()
 
-    def _fit(self, features: torch.Tensor, labels: torch.Tensor, row_set: str) -> torch.Tensor:
-        """Weights ``(c, h)`` that minimise mean cross-entropy + l2 / 2 ||W||^2, from the fit to all rows on."""
+    def _fit(
+        self, features: torch.Tensor, labels: torch.Tensor, row_set: str, factors: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Weights ``(c, h)`` that minimise mean cross-entropy + l2 / 2 ||W||^2, from the fit to all rows on.
+
+        ``factors`` ``(n,)`` of the rows make the mean a weighted one.
+        """
         from scipy.optimize import minimize
 
         shape = self._begin.shape
         targets = torch.from_numpy(self._loss.coefficients(labels.numpy(), shape[0]))  # onehot, if plain
-        weights_of_rows, total = targets.sum(dim=1, keepdim=True), float(self._loss.total_weight(labels))
+        total = float(self._loss.total_weight(labels))
+        if factors is not None:
+            of_class = torch.tensor([float(self._loss.total_weight(torch.tensor([y]))) for y in range(shape[0])])
+            targets, total = factors[:, None] * targets, float((factors * of_class.double()[labels]).sum())
+        weights_of_rows = targets.sum(dim=1, keepdim=True)
 
         def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
             weights = torch.from_numpy(flat).view(shape)
@@ -123,7 +133,7 @@ class ProximalHeadRecipe:
     To the minimum of J_S (:mod:`forebear.retriever.effects.steps`): the mean loss of the rows that are trained on, plus
     damping/2 ||W - W0||^2, less the loss' linear part at W0, so that on all rows W0 is the minimum whether its training
     came to the end or not (the proximal Bregman response; Bae et al., 2022). The bias stays. The divisor of the mean is
-    the number of live rows, however many are left out or added.
+    the number of live rows, however many are left out, added or weighted.
     """
 
     name = "proximal-head"
@@ -158,7 +168,7 @@ class ProximalHeadRecipe:
 
     def train(self, job: Job) -> np.ndarray:
         """Logits of the refitted head on the evaluation rows, ``(q, c)`` float64."""
-        labels = job.labels(self._labels)
+        labels, weights = job.weighted_labels(self._labels)
         features = np.empty((len(labels), self._trained.features.shape[1]), np.float32)
         logits = np.empty((len(labels), self._trained.logits.shape[1]))
         at = np.searchsorted(self._rows, job.rows)
@@ -167,5 +177,6 @@ class ProximalHeadRecipe:
         if len(places):
             forward = run_forward(self._classifier, texts)
             features[places], logits[places] = forward.features, forward.logits
-        v = self._refit.minimum(HeadRows(features, logits, labels).take(labels != IGNORED))
+        kept = labels != IGNORED if weights is None else weights > 0
+        v = self._refit.minimum(HeadRows(features, logits, labels, weights).take(kept))
         return np.asarray(self._evaluation.logits + self._evaluation.features @ self._refit.weight_change(v).T)

@@ -139,7 +139,10 @@ class TopRecipe:
             new_states = self._hidden(texts)
             for j, i in enumerate(places):
                 hidden[i] = new_states.row(j)
-        labels = torch.from_numpy(job.labels(self._labels))
+        labels, weights = (
+            None if values is None else torch.from_numpy(values) for values in job.weighted_labels(self._labels)
+        )
+        assert labels is not None
         options = replace(self._start.options, seed=job.seed)
         subject, remedy = f"a training step of {options.batch_size} rows", "Train with a smaller --batch-size"
         with (
@@ -147,7 +150,7 @@ class TopRecipe:
             repeatable(classifier.device),
             refusing_lack(subject, classifier.device, remedy),
         ):
-            train_top(classifier, hidden, labels, options, placed_lengths(job, self._rows.lengths))
+            train_top(classifier, hidden, labels, options, placed_lengths(job, self._rows.lengths), weights)
         return self._logits(classifier, self._evaluation)
 
     def _logits(self, classifier: Classifier, hidden: _Hidden) -> np.ndarray:
@@ -225,6 +228,7 @@ def train_top(
     labels: torch.Tensor,
     options: TrainOptions,
     lengths: Sequence[int],
+    weights: torch.Tensor | None = None,
 ) -> None:
     """Train a cut model on stored states, as the run trains: AdamW, linear warm-up and decay, clipped gradients.
 
@@ -234,6 +238,7 @@ def train_top(
         labels: Class ids, ``(n,)``; ``IGNORED`` for rows that weigh nothing.
         options: Epochs, rates, batch size and seed.
         lengths: Lengths by which rows are grouped into batches, ``(n,)``.
+        weights: Factors of the rows' losses, ``(n,)``, where no label is ``IGNORED``; None: there are none.
 
     Raises:
         NonFiniteError: The loss became NaN or infinite.
@@ -262,7 +267,13 @@ def train_top(
             seed_step(options.seed, step)
             step += 1
             logits = top_logits(classifier, [hidden[i] for i in batch])
-            loss = classifier.loss.mean(logits, send(labels[batch], logits.device))
+            batch_labels = send(labels[batch], logits.device)
+            if weights is None:
+                loss = classifier.loss.mean(logits, batch_labels)
+            else:
+                loss = classifier.loss.weighted_mean(
+                    logits, batch_labels, send(weights[batch].to(logits.dtype), logits.device)
+                )
             losses.add(loss, loss.new_ones(()))
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)

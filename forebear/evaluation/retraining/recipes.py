@@ -49,19 +49,32 @@ def open_retrainer(
         MismatchError: The run's start model changed since the run.
         ModelError: The model's layers cannot be trained alone.
     """
+    training_run = check_recipe(retriever.index, name, run)
     rows = TrainingRows(retriever.index)
     recipe: Recipe
     if name == "head":
         recipe = HeadRecipe(retriever, rows, evaluation, l2)
     elif name == ProximalHeadRecipe.name:
         recipe = ProximalHeadRecipe(retriever, rows, evaluation, damping)
-    elif name == "full" or re.fullmatch(r"top-[1-9]\d*", name):
-        tokenizer = retriever.index.manifest.spec.tokenizer_sha256
-        start = Start(find_run(retriever.index, run), rows.label_names, tokenizer, device)
-        recipe = FullRecipe(start, rows, evaluation) if name == "full" else TopRecipe(start, rows, evaluation, name)
     else:
-        raise InputError(f"--retrain {name!r}: expected full, top-K (such as top-2), head or proximal-head.")
+        assert training_run is not None
+        start = Start(training_run, rows.label_names, retriever.index.manifest.spec.tokenizer_sha256, device)
+        recipe = FullRecipe(start, rows, evaluation) if name == "full" else TopRecipe(start, rows, evaluation, name)
     return Retrainer(recipe, rows, evaluation, cache)
+
+
+def check_recipe(index: Index, name: str, run: str | Path | None) -> Run | None:
+    """The training run that a recipe needs, see :func:`find_run`; None where it needs none.
+
+    Raises:
+        InputError: No such recipe, or a model without a run folder.
+        MismatchError: The run has other labels.
+    """
+    if name in (HeadRecipe.name, ProximalHeadRecipe.name):
+        return None
+    if name != FullRecipe.name and not re.fullmatch(r"top-[1-9]\d*", name):
+        raise InputError(f"--retrain {name!r}: expected full, top-K (such as top-2), head or proximal-head.")
+    return find_run(index, run)
 
 
 def find_run(index: Index, run: str | Path | None) -> Run:

@@ -22,8 +22,15 @@ from forebear.evaluation.common.comparisons import (
 from forebear.evaluation.common.power import FOR_A_VERDICT, compared_cells
 from forebear.evaluation.reports.charts import MAX_SERIES, bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Report, Table
-from forebear.evaluation.retraining.changes import MATCHED_NOTE, RANDOM, RetrainingInputs, matched_name, verdict_on
-from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer, within_budget
+from forebear.evaluation.retraining.changes import (
+    MATCHED_NOTE,
+    RANDOM,
+    RetrainingInputs,
+    matched_name,
+    verdict_on,
+    within_budget,
+)
+from forebear.evaluation.retraining.jobs import Job, Progress, Retrainer
 from forebear.evaluation.retraining.row_choice import label_matched_rows, random_rows, rows_at
 from forebear.retriever.scores import residuals_of
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -32,9 +33,18 @@ READ: Final = (*ENDINGS, ".tsv", ".json", ".ndjson", ".pq")
 _WHOLE = ("row", "source_row", "line")
 
 
-def rendered(work_list: WorkList) -> dict[str, bytes]:
+def rendered(work_list: WorkList, name: str = NAME) -> dict[str, bytes]:
     """The three files of a work list by name, ``worklist.parquet``, ``.csv`` and ``.jsonl``."""
-    return {name: as_bytes(work_list, Path(name).suffix) for name in FILES}
+    return {name + ending: as_bytes(work_list, ending) for ending in ENDINGS}
+
+
+def file_names(indexes: Iterable[str]) -> list[str]:
+    """Names of the files of one work list for each of several indexes, without endings; no two are the same."""
+    names: list[str] = []
+    for index in indexes:
+        name = f"{NAME}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', index).strip('-.') or 'index'}"
+        names.append(name if name not in names else f"{name}-{len(names) + 1}")
+    return names
 
 
 def as_bytes(work_list: WorkList, ending: str) -> bytes:

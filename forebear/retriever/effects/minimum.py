@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.linalg import LinAlgError, cho_solve, cholesky
@@ -34,24 +34,34 @@ class HeadRows:
         features: f, ``(n, h)``.
         logits: Logits of the trained head, ``(n, c)`` float64.
         targets: n targets.
+        weights: Factors of the rows' losses, ``(n,)`` float64; None: all are 1.
     """
 
     features: np.ndarray
     logits: np.ndarray
     targets: np.ndarray
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.features)
 
-    def take(self, positions: np.ndarray) -> HeadRows:
+    def take(self, positions: np.ndarray | slice) -> HeadRows:
         """The rows at some positions."""
-        return HeadRows(self.features[positions], self.logits[positions], self.targets[positions])
+        weights = None if self.weights is None else self.weights[positions]
+        return HeadRows(self.features[positions], self.logits[positions], self.targets[positions], weights)
 
     def blocks(self) -> Iterator[HeadRows]:
         """The rows, a bounded number at a time."""
         for start in range(0, len(self), BLOCK_ROWS):
-            block = slice(start, start + BLOCK_ROWS)
-            yield HeadRows(self.features[block].astype(np.float64), self.logits[block], self.targets[block])
+            part = self.take(np.s_[start : start + BLOCK_ROWS])
+            yield replace(part, features=part.features.astype(np.float64))
+
+    def curvature_weights(self, loss: Loss) -> np.ndarray | None:
+        """Factor of each row's curvature, ``(n,)``: its own times the loss'; None: all are 1."""
+        of_loss = loss.row_weights(self.targets)
+        if self.weights is None or of_loss is None:
+            return of_loss if self.weights is None else self.weights
+        return np.asarray(self.weights * of_loss)
 
 
 class Refit:
@@ -96,6 +106,8 @@ class Refit:
         for block in rows.blocks():
             logits = block.logits + block.features @ v.T @ self._basis
             residuals, losses = self.loss.residual_and_loss(logits, block.targets)
+            if block.weights is not None:
+                residuals, losses = block.weights[:, None] * residuals, block.weights * losses
             total += float(losses.sum())
             gradient += (residuals @ self._basis.T).T @ block.features
         value = total / self.n_rows + self.damping / 2 * float((v**2).sum()) - float((self._mean_gradient * v).sum())
@@ -108,7 +120,7 @@ class Refit:
             outputs = self.loss.outputs(block.logits + block.features @ weight.T @ self._basis)
             along = block.features @ v.T
             of_rows = np.einsum("na,nab,nb->n", along, self.loss.curvature(outputs), along)
-            weights = self.loss.row_weights(block.targets)
+            weights = block.curvature_weights(self.loss)
             total += float((of_rows if weights is None else weights * of_rows).sum())
         return total / self.n_rows + self.damping * float((v**2).sum())
 
@@ -154,7 +166,7 @@ class Refit:
         for block in rows.blocks():
             f = block.features
             curvatures = self.loss.curvature(self.loss.outputs(block.logits + f @ v.T @ self._basis))
-            if (weights := self.loss.row_weights(block.targets)) is not None:
+            if (weights := block.curvature_weights(self.loss)) is not None:
                 curvatures = weights[:, None, None] * curvatures
             if separate:
                 for k in range(a):

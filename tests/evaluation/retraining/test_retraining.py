@@ -16,7 +16,8 @@ from torch import nn
 from warm import run_program
 
 from forebear.errors import InputError, MismatchError, NonFiniteError
-from forebear.evaluation.retraining.jobs import Job, Outcome, Retrainer, TrainingRows, within_budget
+from forebear.evaluation.retraining.changes import within_budget
+from forebear.evaluation.retraining.jobs import Job, Outcome, Retrainer, TrainingRows
 from forebear.evaluation.retraining.recipe_top import epoch_batches
 from forebear.evaluation.retraining.recipes import find_run, open_retrainer
 from forebear.indexer.building.build import BuildOptions, build_index, retire_rows
@@ -120,10 +121,11 @@ def test_head_outcomes_do_not_depend_on_the_seed_and_are_trained_once(retriever,
     np.testing.assert_array_equal(first.logits, second.logits)
 
 
-def live_top(start, k, texts, gold, options, lengths):
+def live_top(start, k, texts, gold, options, lengths, weights=None):
     """Train the last k layers inside the whole model, the layers below computed anew at every step without dropout.
 
-    Rows of label None take part in the forward pass, for the batch's shape, and not in the loss.
+    Rows of label None take part in the forward pass, for the batch's shape, and not in the loss. With ``weights`` the
+    mean loss of a batch is the weighted one.
     """
     model = copy.deepcopy(start.model)
     base = model.base_model
@@ -150,9 +152,11 @@ def live_top(start, k, texts, gold, options, lengths):
             inputs = tokenizer([texts[i] for i in batch], padding=True, return_tensors="pt")
             torch.manual_seed(int(np.random.SeedSequence([options.seed, step]).generate_state(1, np.uint64)[0]))
             own = [at for at, i in enumerate(batch) if gold[i] is not None]
-            loss = nn.functional.cross_entropy(
-                model(**inputs).logits[own], torch.tensor([gold[batch[at]] for at in own])
+            losses = nn.functional.cross_entropy(
+                model(**inputs).logits[own], torch.tensor([gold[batch[at]] for at in own]), reduction="none"
             )
+            factors = torch.tensor([1.0 if weights is None else weights[batch[at]] for at in own])
+            loss = (factors * losses).sum() / factors.sum()
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_([p for _, p in free], 1.0)
@@ -163,12 +167,12 @@ def live_top(start, k, texts, gold, options, lengths):
         return model(**tokenizer(QUERIES[0], padding=True, return_tensors="pt")).logits.numpy()
 
 
-@pytest.mark.parametrize("k", [1, 2])
-def test_top_layers_from_stored_states_train_as_in_the_whole_model(retriever, k, tmp_path):
+@pytest.mark.parametrize(("k", "weights"), [(1, {}), (2, {}), (1, {4: 0.25, 9: 3.0, 44: 0.0})])
+def test_top_layers_from_stored_states_train_as_in_the_whole_model(retriever, k, weights, tmp_path):
     rows = all_rows(retriever)[3:]
     retrainer = open_retrainer(retriever, f"top-{k}", QUERIES, tmp_path)
     out = np.array([3, 8, 20, 21, 40])
-    job = Job(rows, 1, edits={5: ("good film",)}, extra=[(("dull plot near",), 1)], without=out)
+    job = Job(rows, 1, edits={5: ("good film",)}, extra=[(("dull plot near",), 1)], without=out, weights=weights)
     (found,) = retrainer.run([job])
     tokenizer = retriever.index.manifest.spec.tokenizer_sha256
     start = Start(find_run(retriever.index, None), retrainer.rows.label_names, tokenizer, "cpu").at(1)
@@ -176,7 +180,8 @@ def test_top_layers_from_stored_states_train_as_in_the_whole_model(retriever, k,
     gold = [None if i in out else LABELS[i] for i in rows] + [1]
     drawn = np.random.default_rng(0).integers(N, size=1)[0]
     grouped_by = [len(start.tokenizer(TEXTS[i])["input_ids"]) for i in [*rows, drawn]]
-    truth = live_top(start, k, texts, gold, replace(OPTIONS, seed=1), grouped_by)
+    factors = [weights.get(int(i), 1.0) for i in rows] + [1.0]
+    truth = live_top(start, k, texts, gold, replace(OPTIONS, seed=1), grouped_by, factors)
     untrained = run_forward(start, QUERIES).logits
     assert np.abs(truth - untrained).max() > 0.01
     np.testing.assert_allclose(found.logits, truth, atol=2e-3 * np.abs(truth - untrained).max())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,12 +12,14 @@ from forebear.cli.commands.audit import artifact as audit_artifact
 from forebear.cli.commands.audit import leaving_out as audit_leaving_out
 from forebear.cli.commands.audit import rows as audit_rows
 from forebear.cli.commands.audit import versions as audit_versions
-from forebear.cli.options.groups import Shown, grouped
-from forebear.cli.options.model import IndexOptions
-from forebear.cli.options.question import Methods, Top
+from forebear.cli.options.groups import Shown, grouped, values_of
+from forebear.cli.options.model import ComparedOptions
+from forebear.cli.options.question import Methods, SampleSeed, Top
 from forebear.cli.options.report import FolderOptions
-from forebear.cli.options.rows import TestOptions
+from forebear.cli.options.retraining import RetrainOptions
+from forebear.cli.options.rows import ColumnOptions, TestOptions
 from forebear.cli.screen.console import Command
+from forebear.cli.workers import start_workers
 
 if TYPE_CHECKING:
     from forebear.evaluation.reports.report import Report
@@ -25,17 +28,17 @@ HANS_HELP = """Do the training rows behind a wrong "entailment" share the lexica
 
 For every non-entailment row that the model takes for entailment: the mean lexical overlap of the top training rows,
 for each method, beside that of all training rows; also by heuristic, subcase and template, where the rows have such
-columns. Test rows are pairs labelled entailment or non-entailment. Writes report.html, table.csv, result.json and
-report.json.
+columns. Several indexes stand side by side. With --retrain each model is trained again without the shortcut's rows,
+with less weight on them, and without as many random ones: does non-entailment rise, what does it cost?
 
 Examples:
 
-    forebear audit hans --index runs/nli-index --test hans.parquet --out runs/hans-audit
+    forebear audit hans --index runs/nli-index --test jhu-cogsci/hans:validation --out runs/hans-audit
 
-    forebear audit hans --index I --test hans.csv --method gc,rif,nn-cos --out A
+    forebear audit hans --index A --index B --test hans.csv --retrain top-2 --seeds 3 --dev dev.csv --out runs/hans
 """
 
-SHOWN_TABLES = 3  # overlap, accuracy and heuristics; the page has the subcases and templates too
+SHOWN_TABLES = 3  # the page has all
 
 
 def register(app: typer.Typer) -> None:
@@ -49,18 +52,55 @@ def register(app: typer.Typer) -> None:
     app.add_typer(audits, name="audit")
 
 
-@grouped(methods=Shown("all that score rows"))
+@grouped(methods=Shown("all that score rows"), recipe=Shown("nothing is trained"))
 def hans(
-    index: IndexOptions,
+    index: ComparedOptions,
     test: TestOptions,
+    retraining: RetrainOptions,
     output: FolderOptions,
     methods: Methods = None,
     top: Top = 10,
+    dev: Annotated[
+        str | None,
+        typer.Option(
+            "--dev",
+            help="With --retrain: labelled rows like the training rows; what the change costs is measured on them.",
+            rich_help_panel="Retraining",
+            show_default=False,
+        ),
+    ] = None,
+    shortcut: Annotated[
+        str | None,
+        typer.Option(
+            "--shortcut",
+            help="With --retrain: rows taken for the shortcut's, a number or a share of the training rows as 0.05; the "
+            "first of the work list.",
+            rich_help_panel="Retraining",
+            show_default="all that the audit names",
+        ),
+    ] = None,
+    weight: Annotated[
+        float,
+        typer.Option(
+            "--weight",
+            help="With --retrain: weight of the shortcut's rows in the loss where they are reweighted; 0: never.",
+            rich_help_panel="Retraining",
+        ),
+    ] = 0.2,
+    seed: SampleSeed = 0,
 ) -> None:
     """Audit wrong "entailment" answers for the lexical-overlap shortcut."""
-    from forebear.evaluation.python.audits import hans
+    from forebear.evaluation.python.hans import hans
+    from forebear.evaluation.python.retrainings import Retraining
 
-    output.call(hans, index.open(), shown=_first_tables, rows=test.rows, methods=methods, top=top)
+    choices = values_of(retraining)
+    begin = partial(start_workers, choices.pop("workers"))
+    how = None
+    if retraining.recipe is not None:
+        how = Retraining(device=index.each()[0].first_device(), begin=begin, **choices)
+    own = {"how": how, "dev": None if dev is None else partial(ColumnOptions().open, dev), "shortcut": shortcut}
+    given = own | {"methods": methods, "top": top, "weight": weight, "seed": seed}
+    output.call(hans, index.open(), shown=_first_tables, rows=test.rows, **given)
 
 
 def _first_tables(report: Report) -> Report:

@@ -20,13 +20,14 @@ from forebear.evaluation.common.passages import rank_headings, row_passages
 from forebear.evaluation.common.statistics import INTERVALS, mean_and_error, mean_of
 from forebear.evaluation.reports.charts import bar_chart
 from forebear.evaluation.reports.report import Cell, Figure, Group, Passage, Report, Table
+from forebear.indexer.index import Index
 from forebear.indexer.model.device.arithmetic import computed_line
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.rows.labels import collapse_to_binary_nli, nli_id
 from forebear.indexer.rows.row_source import RowBlock, RowSource
 from forebear.retriever.answers.results import SIDES, Answers
 from forebear.retriever.answers.signs import note_of
-from forebear.retriever.question.spec import QuerySpec
+from forebear.retriever.question.spec import QuerySpec, Question
 from forebear.retriever.retriever import Retriever
 
 ENTAILMENT, NON_ENTAILMENT = 0, 1
@@ -105,15 +106,7 @@ def audit_hans(
         InputError: The model or the rows have no NLI labels.
         DataError: No row is mispredicted as entailment.
     """
-    question = retriever.resolve(QuerySpec(methods=tuple(methods or retriever.row_methods()), top=top))
-    retriever.check_texts(source)
-    if len(source.text_columns) != 2:
-        raise InputError(f"audit hans needs pairs of texts; {source.name} has {', '.join(source.text_columns)}.")
-    merge = collapse_to_binary_nli(retriever.label_names)
-    if merge is None:
-        raise InputError(f"audit hans needs a model with NLI labels; this one has {', '.join(retriever.label_names)}.")
-    if top > (n_live := retriever.index.manifest.n_live):
-        raise InputError(f"--top {top}: {retriever.index.folder} has {n_live:,} live rows. Give a smaller number.")
+    question, merge = check_hans(retriever, source, methods, top)
     row_overlap = training_overlap(retriever)
     overlaps: list[np.ndarray] = []
     first_rows: list[np.ndarray] = []
@@ -149,8 +142,8 @@ def audit_hans(
         progress("rows", block.start + len(block), source.n_rows)
     if not overlaps:
         raise DataError(
-            f"{source.name}: none of the {total[NON_ENTAILMENT]} non-entailment rows is predicted as entailment. "
-            "There is nothing to explain: the model does not take this shortcut here."
+            f"{source.name}: none of the {total[NON_ENTAILMENT]} non-entailment rows is predicted as entailment by the "
+            f"model of {retriever.index.folder}. There is nothing to explain: it does not take this shortcut here."
         )
     return HansAudit(
         methods=question.spec.methods,
@@ -164,6 +157,44 @@ def audit_hans(
         breakdowns=tuple(breakdowns.values()),
         examples=tuple(examples),
     )
+
+
+def check_hans(
+    retriever: Retriever, source: RowSource, methods: Sequence[str] | None, top: int
+) -> tuple[Question, np.ndarray]:
+    """Refuse what :func:`audit_hans` cannot work on.
+
+    Returns:
+        The question; and whether each class of the model is entailment (0) or not (1), ``(c,)``.
+
+    Raises:
+        InputError: See :func:`audit_hans`.
+    """
+    folder, names = retriever.index.folder, retriever.label_names
+    question = retriever.resolve(QuerySpec(methods=tuple(methods or retriever.row_methods()), top=top))
+    retriever.check_texts(source)
+    if len(source.text_columns) != 2:
+        raise InputError(f"audit hans needs pairs of texts; {source.name} has {', '.join(source.text_columns)}.")
+    merge = collapse_to_binary_nli(names)
+    if merge is None:
+        raise InputError(f"audit hans needs a model with NLI labels; that of {folder} has {', '.join(names)}.")
+    if top > (n_live := retriever.index.manifest.n_live):
+        raise InputError(f"--top {top}: {folder} has {n_live:,} live rows. Give a smaller number.")
+    return question, merge
+
+
+def shortcut_rows(audit: HansAudit, index: Index) -> np.ndarray:
+    """Training rows that teach the shortcut, as far as the audit names them, ``(m,)``.
+
+    Those labelled entailment, of more than the ordinary overlap, that are in the top of a wrong "entailment" by the
+    method that tells most; first those in the tops of most wrong entailments, of equal ones the lower row number.
+    """
+    counts, overlaps = audit.counts[telling_method(audit)], audit.row_overlap
+    merge = collapse_to_binary_nli(index.manifest.spec.label_names)
+    assert merge is not None  # checked by the audit
+    is_entailed = (index.labels >= 0) & (merge[index.labels] == ENTAILMENT)
+    order = np.argsort(-counts, kind="stable")
+    return np.asarray(order[((counts > 0) & (overlaps > audit.all_rows_overlap) & is_entailed)[order]])
 
 
 def _share(part: int, whole: int) -> float | None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from forebear.errors import InputError
+from forebear.evaluation.retraining.changes import within_budget
 from forebear.evaluation.retraining.effects.sets import RemovedSet, named_sets, random_sets
-from forebear.evaluation.retraining.jobs import Job, Outcome, Progress, Retrainer, within_budget
+from forebear.evaluation.retraining.jobs import Job, Outcome, Progress, Retrainer
 from forebear.indexer.losses.loss import Loss
 from forebear.retriever.effects.changes import Predictions
 from forebear.retriever.effects.kinds import NEWTON, effect_kind

@@ -16,7 +16,8 @@ import numpy as np
 
 from forebear.errors import InputError
 from forebear.evaluation.common.comparisons import partial_spearman, spearman
-from forebear.evaluation.retraining.jobs import Progress, Retrainer, within_budget
+from forebear.evaluation.retraining.changes import within_budget
+from forebear.evaluation.retraining.jobs import Progress, Retrainer
 from forebear.evaluation.retraining.lds.draws import HALVES, Draws, class_counts
 from forebear.retriever.scores import residuals_of
 
