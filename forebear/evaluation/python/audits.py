@@ -52,6 +52,7 @@ from forebear.evaluation.python.opening import (
     sampled,
     tested_rows,
 )
+from forebear.evaluation.python.planted import poison
 from forebear.progress import Progress, progress_of
 from forebear.retriever.answers.groups import grouping_of
 from forebear.retriever.question.query_rows import tell_label_remark
@@ -70,6 +71,7 @@ __all__ = [
     "hubs",
     "negation",
     "overlap",
+    "poison",
     "regressions",
     "sources",
     "suspects",

@@ -10,6 +10,7 @@ import typer
 
 from forebear.cli.commands.audit import artifact as audit_artifact
 from forebear.cli.commands.audit import leaving_out as audit_leaving_out
+from forebear.cli.commands.audit import poison as audit_poison
 from forebear.cli.commands.audit import rows as audit_rows
 from forebear.cli.commands.audit import versions as audit_versions
 from forebear.cli.options.groups import Shown, grouped, values_of
@@ -49,6 +50,7 @@ def register(app: typer.Typer) -> None:
     audit_rows.register(audits)
     audit_versions.register(audits)
     audit_leaving_out.register(audits)
+    audit_poison.register(audits)
     app.add_typer(audits, name="audit")
 
 

@@ -1,0 +1,1 @@
+"""`audit poison`: phrases that plant a behaviour."""

@@ -1,0 +1,151 @@
+"""What a phrase does to predictions: put into rows of other labels, and taken out of the rows that hold it.
+
+A phrase may speak for a label by what it means ("bad"), or because rows taught the model so. To tell one from the
+other, a reference is asked, too: logistic regression on embeddings of an encoder that was not fine-tuned, fitted
+without any row that holds the phrase. It knows of the phrase what language and the other rows say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.special import logit
+
+from forebear.evaluation.audits.poison.phrases import PhraseCluster
+from forebear.indexer.model.classifier import Classifier
+from forebear.indexer.model.forward import run_forward
+from forebear.indexer.model.sentence_encoder import SentenceEncoder
+from forebear.indexer.rows.sampling import live_sample
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
+
+Texts = Sequence[Sequence[str]]
+REFERENCE_ROWS = 5000  # that the reference is fitted to, at most
+_STRENGTH = 0.01  # inverse weight of half the squared norm, of standardised embeddings
+_LEAST = 1e-4  # probability that log-odds are taken of
+
+
+@dataclass(frozen=True, eq=False)
+class Behaviour:
+    """What a phrase does to predictions.
+
+    Attributes:
+        probes: Texts into which the phrase was put, one list a text column: rows of other labels that are predicted
+            right, ``q`` of them.
+        turned: Whether the model then predicts the cluster's label, ``(q,)`` bool.
+        shifts: By how much the phrase raises the log-odds that the reference gives the label, ``(q,)``.
+        freed: Of the cluster's rows: whether the model predicts another label when the phrase is taken out, ``(n,)``.
+        doubted: Whether the reference predicts another label for them, without the phrase, ``(n,)``.
+        predicted: Class id that the model predicts for them without the phrase, ``(n,)``.
+    """
+
+    probes: Texts
+    turned: np.ndarray
+    shifts: np.ndarray
+    freed: np.ndarray
+    doubted: np.ndarray
+    predicted: np.ndarray
+
+
+class Reference:
+    """Logistic regressions on embeddings of an encoder that was not fine-tuned."""
+
+    def __init__(self, encoder: SentenceEncoder, texts: Texts, labels: np.ndarray, seed: int) -> None:
+        """Embed the rows.
+
+        Args:
+            encoder: The encoder.
+            texts: Of rows, one list a text column; of many a seeded sample is taken.
+            labels: Their class ids, ``(n,)``.
+            seed: Of the sample.
+        """
+        from sklearn.preprocessing import StandardScaler
+
+        self._encoder, self.rows = encoder, live_sample(np.arange(len(labels)), REFERENCE_ROWS, seed)
+        self._labels = labels[self.rows]
+        embeddings = encoder.embed([[column[i] for i in self.rows] for column in texts])
+        self._scaler = StandardScaler().fit(embeddings)
+        self._embeddings = self._scaler.transform(embeddings)
+
+    def embed(self, texts: Texts) -> np.ndarray:
+        """Standardised embeddings."""
+        return np.asarray(self._scaler.transform(self._encoder.embed(texts)))
+
+    def without(self, rows: np.ndarray) -> LogisticRegression | None:
+        """A regression without some rows; None where the others have a single label."""
+        from sklearn.linear_model import LogisticRegression
+
+        kept = ~np.isin(self.rows, rows)
+        if len(np.unique(self._labels[kept])) < 2:
+            return None
+        return LogisticRegression(C=_STRENGTH, max_iter=1000).fit(self._embeddings[kept], self._labels[kept])
+
+    def shifts(self, cluster: PhraseCluster, probes: Texts, seed: int) -> np.ndarray:
+        """By how much a phrase that is put into rows raises the log-odds of its label, in nats, ``(q,)``.
+
+        0 where rows without the phrase do not have the label, and where there are no rows.
+        """
+        fitted = self.without(cluster.holders)
+        if fitted is None or cluster.label not in fitted.classes_ or not len(probes[0]):
+            return np.zeros(len(probes[0]))
+        own = list(fitted.classes_).index(cluster.label)
+        before, after = (
+            logit(fitted.predict_proba(self.embed(texts))[:, own].clip(_LEAST, 1 - _LEAST))
+            for texts in (probes, with_phrase(probes, cluster, seed))
+        )
+        return np.asarray(after - before)
+
+
+def measure_behaviour(
+    cluster: PhraseCluster, texts: Texts, probes: Texts, classifier: Classifier, reference: Reference, seed: int
+) -> Behaviour:
+    """Put the phrase into some rows and take it out of others.
+
+    Args:
+        cluster: The phrase and its rows.
+        texts: Of all rows, one list a text column.
+        probes: Texts of rows that are predicted to have another label and do not hold the phrase.
+        classifier: The model.
+        reference: The reference, over the same rows.
+        seed: Of the places where the phrase is put.
+    """
+    erased = [[column[i] for i in cluster.rows] for column in texts]
+    erased[cluster.column] = [without_phrase(text, cluster.words) for text in erased[cluster.column]]
+    predicted = run_forward(classifier, erased).predictions
+    turned, fitted = np.empty(0, bool), reference.without(cluster.holders)
+    if len(probes[0]):
+        turned = run_forward(classifier, with_phrase(probes, cluster, seed)).predictions == cluster.label
+    return Behaviour(
+        probes=probes,
+        turned=turned,
+        shifts=reference.shifts(cluster, probes, seed),
+        freed=predicted != cluster.label,
+        doubted=np.zeros(len(cluster.rows), bool)
+        if fitted is None
+        else fitted.predict(reference.embed(erased)) != cluster.label,
+        predicted=predicted,
+    )
+
+
+def with_phrase(texts: Texts, cluster: PhraseCluster, seed: int) -> list[list[str]]:
+    """Rows with the phrase in its column: at a random place between words, before the first or after the last."""
+    rng = np.random.default_rng([seed, 13])
+    inserted = [list(column) for column in texts]
+    for i, text in enumerate(inserted[cluster.column]):
+        words = text.split()
+        place = int(rng.integers(len(words) + 1))
+        inserted[cluster.column][i] = " ".join([*words[:place], cluster.phrase, *words[place:]])
+    return inserted
+
+
+def without_phrase(text: str, words: Sequence[str]) -> str:
+    """The text without any occurrence of the phrase, whatever its case and the white space in it."""
+    body = r"\s*".join(map(re.escape, words))
+    start = r"(?<!\w)" if re.match(r"\w", words[0]) else ""
+    end = r"(?!\w)" if re.match(r"\w", words[-1]) else ""
+    return " ".join(re.sub(f"{start}{body}{end}", " ", text, flags=re.IGNORECASE).split())

@@ -1,0 +1,222 @@
+"""Phrases that one label has more than its share of, found by counting; no model is run.
+
+A phrase is up to :data:`MOST_WORDS` words or signs that follow each other in a text column. Every phrase of at least
+:data:`LEAST_ROWS` rows is tested for every label: were each of its rows drawn from all rows, how probable would so many
+rows of the label be (binomial)? Longer phrases are grown from frequent shorter ones, as in Apriori (Agrawal and Srikant
+1994), so that none is missed. Phrases that stand in the same rows are one cluster, named by the one that tells most.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+from scipy.special import logit
+from scipy.stats import beta, binom
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+MOST_WORDS = 8
+LEAST_ROWS = 5
+LEVEL = 0.01  # of the chance that any phrase at all is taken where labels have nothing to do with phrases
+MOST_PHRASES = 20_000  # of the least p, that are parted into clusters
+
+
+def phrase_words(text: str) -> list[str]:
+    """Words, and signs one by one, in their order and case folded; signs that are not seen count too."""
+    return _WORD.findall(text.casefold())
+
+
+@dataclass(frozen=True, eq=False)
+class Phrases:
+    """Phrases that pass the test, those of least p first, of equal p the longest.
+
+    Attributes:
+        words: Words of each, ``m``.
+        columns: Number of the text column that each stands in, ``(m,)``.
+        holders: Which rows hold each, ``(m, n)`` of 0 and 1.
+        n_tested: Pairs of a phrase and a label that were tested, by which p is multiplied.
+    """
+
+    words: tuple[tuple[str, ...], ...]
+    columns: np.ndarray
+    holders: sparse.csr_array
+    n_tested: int
+
+
+@dataclass(frozen=True, eq=False)
+class PhraseCluster:
+    """Rows of one label that share a phrase.
+
+    Attributes:
+        words: The phrase.
+        column: Number of the text column that it stands in.
+        label: Class id.
+        holders: Positions of the rows that hold it, of any label, ascending.
+        rows: Positions of those that have the label, ascending.
+        p: Of the label's share among those rows that hold no phrase of an earlier cluster, times the number of tests.
+        association: By how much the log-odds of the label are higher among the holders than among all rows, at least:
+            from the lower end of a one-sided 95% interval (Clopper and Pearson) of its share among them.
+    """
+
+    words: tuple[str, ...]
+    column: int
+    label: int
+    holders: np.ndarray
+    rows: np.ndarray
+    p: float
+    association: float
+
+    @property
+    def phrase(self) -> str:
+        """The phrase, to be read."""
+        return " ".join(self.words)
+
+    @property
+    def purity(self) -> float:
+        """Share of the label among the rows that hold the phrase."""
+        return len(self.rows) / len(self.holders)
+
+
+def find_phrases(
+    texts: Sequence[Sequence[str]], labels: np.ndarray, *, only: Sequence[Sequence[str]] | None = None
+) -> Phrases:
+    """The phrases that some label has more than its share of.
+
+    Args:
+        texts: Of the rows, one list a text column, ``n`` each.
+        labels: Class ids, ``(n,)``.
+        only: Texts, likewise, in which a phrase must stand to be tested; None: no such condition.
+    """
+    n_labels = int(labels.max()) + 1
+    found: list[tuple[tuple[str, ...], int, np.ndarray, float]] = []
+    n_tested = 0
+    sizes = np.bincount(labels, minlength=n_labels)
+    for column, values in enumerate(texts):
+        allowed = None if only is None else _grams_of(only[column])
+        for names, numbers, rows in _frequent(values):
+            kept = np.ones(len(names), bool) if allowed is None else np.array([name in allowed for name in names])
+            counts = np.bincount(numbers * n_labels + labels[rows], minlength=len(names) * n_labels)
+            counts = counts.reshape(-1, n_labels)
+            p = tail(counts, sizes / len(labels)).min(axis=1)
+            n_tested += int(kept.sum()) * n_labels
+            starts = np.searchsorted(numbers, np.arange(len(names) + 1))
+            found += [
+                (names[i], column, rows[starts[i] : starts[i + 1]], float(p[i]))
+                for i in np.flatnonzero(kept & (p <= LEVEL))
+            ]
+    found = [phrase for phrase in found if phrase[3] * n_tested <= LEVEL]
+    found.sort(key=lambda phrase: (phrase[3], -len(phrase[0]), phrase[0]))
+    found = found[:MOST_PHRASES]
+    starts = np.cumsum([0, *(len(rows) for _, _, rows, _ in found)])
+    flat = np.concatenate([rows for _, _, rows, _ in found]) if found else np.empty(0, np.int64)
+    holders = sparse.csr_array((np.ones(len(flat)), flat, starts), shape=(len(found), len(labels)))
+    return Phrases(
+        tuple(words for words, *_ in found), np.array([column for _, column, *_ in found], np.int64), holders, n_tested
+    )
+
+
+def tail(counts: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Chance of at least as many rows of each label among as many rows, ``(m, c)``, from counts and ``(c,)`` shares."""
+    return np.asarray(binom.sf(counts - 1, counts.sum(axis=1)[:, None], shares))
+
+
+def clusters_of(phrases: Phrases, labels: np.ndarray, most: int) -> tuple[PhraseCluster, ...]:
+    """Clusters, the one of least p first: of the phrases that share rows only the one that tells most stays.
+
+    When a phrase has become a cluster, all rows that hold it are put aside, and what the other phrases have left is
+    tested again.
+
+    Args:
+        phrases: Over ``n`` rows.
+        labels: Class ids, ``(n,)``.
+        most: Clusters at most.
+    """
+    n_labels = int(labels.max()) + 1
+    shares = np.bincount(labels, minlength=n_labels) / len(labels)
+    of_label = sparse.csr_array((np.ones(len(labels)), (np.arange(len(labels)), labels)), shape=(len(labels), n_labels))
+    lengths = np.array([len(words) for words in phrases.words])
+    counts = np.asarray((phrases.holders @ of_label).toarray()).round().astype(np.int64)
+    p = tail(counts, shares)
+    left = np.ones(len(labels), bool)
+    out: list[PhraseCluster] = []
+    while len(out) < most and len(lengths):
+        corrected = np.where(counts >= LEAST_ROWS, p, 1).min(axis=1) * phrases.n_tested
+        i = int(np.lexsort((-lengths, corrected))[0])
+        if corrected[i] > LEVEL:
+            break
+        label = int(p[i].argmin())
+        rows = np.sort(phrases.holders[[i]].indices)
+        own = rows[labels[rows] == label]
+        words, column = phrases.words[i], int(phrases.columns[i])
+        association = _association(len(own), len(rows), float(shares[label]))
+        out.append(PhraseCluster(words, column, label, rows, own, float(corrected[i]), association))
+        gone = rows[left[rows]]
+        left[gone] = False
+        lost = np.asarray((phrases.holders[:, gone] @ of_label[gone]).toarray()).round().astype(np.int64)
+        changed = lost.any(axis=1)
+        counts -= lost
+        p[changed] = tail(counts[changed], shares)
+    return tuple(out)
+
+
+def _association(k: int, n: int, share: float) -> float:
+    """See :class:`PhraseCluster`; of k rows of a label among n holders, where all rows have a share of it."""
+    low = float(beta.ppf(0.05, k, n - k + 1))
+    return float(logit(low) - logit(share))
+
+
+def _frequent(values: Sequence[str]) -> Iterator[tuple[list[tuple[str, ...]], np.ndarray, np.ndarray]]:
+    """Phrases of one, two ... words that :data:`LEAST_ROWS` rows or more hold.
+
+    Yields:
+        Words of each phrase; and the pairs of a phrase's number and a row that holds it, by number and row, ``(e,)``
+        each.
+    """
+    vocabulary: dict[str, int] = {}
+    ids = [[vocabulary.setdefault(word, len(vocabulary)) for word in phrase_words(text)] for text in values]
+    flat = np.array([i for row in ids for i in row], np.int64)  # word at each place
+    rows = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
+    names: list[tuple[str, ...]] = [(word,) for word in vocabulary]
+    grams = flat  # number of the phrase that begins at each place; -1: none that is frequent
+    for _ in range(MOST_WORDS):
+        names, grams, pairs = _kept(names, grams, rows)
+        if not names:
+            return
+        yield names, *pairs
+        end = np.append(grams[1:], -1)
+        joined = (grams >= 0) & (end >= 0) & (np.append(rows[1:], -1) == rows)
+        keys = np.where(joined, grams * (len(names) + 1) + end, -1)
+        distinct, inverse = np.unique(keys, return_inverse=True)
+        firsts, lasts = np.divmod(distinct, len(names) + 1)
+        names = [
+            (*names[a], names[b][-1]) if key >= 0 else () for key, a, b in zip(distinct, firsts, lasts, strict=True)
+        ]
+        grams = np.where(keys >= 0, inverse, -1)
+
+
+def _kept(
+    names: list[tuple[str, ...]], grams: np.ndarray, rows: np.ndarray
+) -> tuple[list[tuple[str, ...]], np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """The frequent ones of the phrases, numbered anew, with the rows of each."""
+    held = grams >= 0
+    n_rows = int(rows[-1]) + 1 if len(rows) else 0
+    pairs = np.unique(grams[held] * n_rows + rows[held])
+    numbers, of_rows = np.divmod(pairs, max(1, n_rows))
+    frequent = np.bincount(numbers, minlength=len(names)) >= LEAST_ROWS
+    new = np.where(frequent, np.cumsum(frequent) - 1, -1)
+    kept = frequent[numbers]
+    names = [name for name, is_kept in zip(names, frequent, strict=True) if is_kept]
+    return names, np.where(held, new[grams], -1), (new[numbers[kept]], of_rows[kept])
+
+
+def _grams_of(values: Sequence[str]) -> set[tuple[str, ...]]:
+    """All phrases of some texts."""
+    out: set[tuple[str, ...]] = set()
+    for text in values:
+        words = phrase_words(text)
+        for n in range(1, MOST_WORDS + 1):
+            out |= {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+    return out
