@@ -255,7 +255,7 @@ def measure_behaviour(work: Path, data: str, attack: str, labels: str, rate: flo
     rows, planted = attacked(data, attack, labels, rate, 0)
     train = folder / "train.parquet"
     pq.write_table(pa.table({"text": rows.texts, "label": rows.labels}), train)
-    choices = ("--model", model, "--epochs", "4", "--lr", "2e-4")
+    choices = ("--model", model, "--epochs", "3", "--lr", "2e-4")
     if not (folder / "run").exists():
         run("train", "--data", train, *choices, "--out", folder / "run")
     if not (folder / "index").exists():
@@ -270,7 +270,7 @@ def measure_behaviour(work: Path, data: str, attack: str, labels: str, rate: flo
     n = int(planted.sum())
     right = run_forward(retriever.classifier(), [test.texts]).predictions
     result: dict[str, Any] = {
-        "accuracy": round(float(np.mean([retriever.label_names[p] == y for p, y in zip(right, test.labels)])), 3),
+        "accuracy": round(float((np.array(retriever.label_names)[right] == test.labels).mean()), 3),
         "success on test rows": round(float((with_attack.predictions == target).mean()), 3),
         **score(found.listed, planted),
         **{

@@ -44,6 +44,7 @@ DECLARED_MORE_THAN_ONCE = {  # one name, several meanings: what each declaration
     "--from": ("parts of an index", "labelling tool"),
     "--train": ("that was indexed", "that a work list changes"),
     "--group-by": ("sums of scores", "counts of suspects", "of test rows", "of test rows, without a set"),
+    "--sentence-model": ("of sentence embeddings", "of a reference"),
     "--column": ("a text column", "whose values are sources"),
     "--share": ("removed, several", "on its way out"),
 }

@@ -25,7 +25,8 @@ TEXTS = sentences(N_ROWS, 3)
 KINDS = ("multi_label_classification", "regression")
 REFUSED = {
     "audit hans": "audits.hans", "audit overlap": "audits.overlap", "audit negation": "audits.negation",
-    "audit errors": "audits.errors", "evaluate removal": "evaluations.removal",
+    "audit errors": "audits.errors", "audit poison": "audits.poison",
+    "evaluate removal": "evaluations.removal",
     "evaluate deletion-curve": "evaluations.deletion_curve", "evaluate retraining-loss": "evaluations.retraining_loss",
     "evaluate lds": "evaluations.lds", "evaluate randomized": "evaluations.randomized",
     "evaluate saliency-consistency": "evaluations.saliency_consistency",
