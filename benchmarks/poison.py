@@ -167,7 +167,7 @@ def counted(texts: Texts, names: list[str], encoder: Any, seed: int) -> list[tup
 def score(listed: np.ndarray, planted: np.ndarray) -> dict[str, float]:
     """Recall and precision of listed rows."""
     hits = int(planted[listed].sum())
-    return {"recall": round(hits / max(1, planted.sum()), 3), "precision": round(hits / max(1, len(listed)), 3)}
+    return {"recall": round(hits / max(1, int(planted.sum())), 3), "precision": round(hits / max(1, len(listed)), 3)}
 
 
 def measure_planted(seed: int, data: list[str], rates: list[float]) -> dict[str, Any]:
@@ -184,6 +184,7 @@ def measure_planted(seed: int, data: list[str], rates: list[float]) -> dict[str,
                     natural = [value for cluster, value, _ in found if planted[cluster.rows].mean() < 0.5]
                     line = score(listed, planted) | {
                         "phrases": [cluster.phrase for cluster, _, taken in found if taken],
+                        "unexplained": [round(v, 2) for c, v, _ in found if planted[c.rows].mean() >= 0.5],
                         "largest unexplained of a natural phrase": round(max(natural, default=0.0), 2),
                     }
                     results[f"{name} {attack} {labels} {rate:g}%"] = line

@@ -1,9 +1,9 @@
 """``audit poison``: rows that plant a behaviour by a phrase that they share.
 
 A phrase is taken to be planted when nearly all rows that hold it have one label, and more of them than what the phrase
-means explains: the log-odds of the label among its rows (a lower bound) exceed those of all rows by
-:data:`LEAST_UNEXPLAINED` nats more than a reference that was not trained on any of them says of the phrase. Whether the
-model has learnt the behaviour is another question, which putting the phrase into other rows answers.
+means explains. The log-odds of the label among its rows (a lower bound) exceed those of all rows: by how much more than
+a reference that was not trained on any of these rows says of the phrase? Whether the model has learnt the behaviour is
+another question, which putting the phrase into other rows answers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from forebear.ratio import ratio
 from forebear.retriever.retriever import Retriever
 
 LEAST_PURITY: Final = 0.95  # share of one label among the rows that hold a planted phrase
-LEAST_UNEXPLAINED: Final = 2.0  # nats
+LEAST_UNEXPLAINED: Final = 1.5  # nats
+LEAST_PART: Final = 2 / 3  # of the association that is unexplained
 MOST_CLUSTERS = 300
 MOST_PROBES = 60  # rows into which a phrase is put
 MOST_COMPARED = 200  # rows of a label beside whose gradients those of a cluster are seen
@@ -118,7 +119,8 @@ def unexplained(cluster: PhraseCluster, shifts: np.ndarray) -> float:
 
 def is_planted(cluster: PhraseCluster, shifts: np.ndarray) -> bool:
     """Whether a phrase is taken to be planted, from what the reference says of it, ``(q,)``."""
-    return cluster.purity >= LEAST_PURITY and unexplained(cluster, shifts) >= LEAST_UNEXPLAINED
+    least = max(LEAST_UNEXPLAINED, LEAST_PART * cluster.association)
+    return cluster.purity >= LEAST_PURITY and unexplained(cluster, shifts) >= least
 
 
 def find_poison(
