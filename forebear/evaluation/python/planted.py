@@ -33,7 +33,8 @@ def poison(
     Args:
         retriever: Over an index of one label a row.
         rows: Suspicious test rows, labelled or not: only phrases that stand in one of them are looked at; None: all.
-        how: How models are trained again, without the listed rows, to see whether the behaviour goes; None: none is.
+        how: How models are trained again, without the listed rows, to see whether the behaviour goes; None: none is,
+            nor where nothing is listed.
         n_measured: Phrases that are put into other rows: those of the strongest association with a label.
         n_listed: Rows in the report; the work list has all.
         sentence_model: An encoder that was not fine-tuned, a folder or hub name; None: that of the index's sentence
@@ -63,8 +64,8 @@ def poison(
         retriever, encoder, suspicious=suspicious, n_measured=n_measured, seed=seed, progress=progress
     )
     recipe = None
-    if how is not None and found.planted:
-        probes = of_poison.probe_texts(found, seed, len(index.manifest.spec.text_columns))
+    probes = of_poison.probe_texts(found, seed, len(index.manifest.spec.text_columns))
+    if how is not None and probes[0]:
         retrainer = retrainer_of(retriever, how, probes, None)
         recipe = retrainer.recipe
         seeds = seeds_of(retrainer, how.n_seeds, seed)

@@ -166,6 +166,20 @@ def test_the_reference_is_a_regression_without_the_rows_of_the_phrase():
     assert not is_planted(cluster, shifts + cluster.association)
 
 
+@pytest.mark.parametrize(
+    ("purity", "association", "shift", "planted"),
+    [
+        (1.0, 3.0, 0.2, True), (0.95, 3.0, 0.9, True), (1.0, 1.6, -0.1, True),
+        (0.94, 3.0, 0.2, False),  # other labels have the phrase, too
+        (1.0, 3.0, 1.1, False),  # its meaning explains more than a third
+        (1.0, 1.4, 0.0, False),  # too few rows to tell
+    ],
+)  # fmt: skip
+def test_a_phrase_is_planted_where_its_label_is_sure_and_not_explained(purity, association, shift, planted):
+    cluster = SimpleNamespace(purity=purity, association=association)
+    assert is_planted(cluster, np.array([shift - 0.1, shift + 0.1])) == planted
+
+
 def test_a_reference_of_few_rows_says_what_one_of_all_would(monkeypatch):
     monkeypatch.setattr(behaviour, "REFERENCE_ROWS", 40)
     reference = Reference(CountingEncoder(), [TEXTS], LABELS, 0)
