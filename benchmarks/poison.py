@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from common import DATA, run, write_result
 
 from forebear import Retriever, audits
-from forebear.evaluation.audits.poison.behaviour import Reference, Texts
+from forebear.evaluation.audits.poison.behaviour import Reference, Texts, erase
 from forebear.evaluation.audits.poison.phrases import clusters_of, find_phrases
 from forebear.evaluation.audits.poison.poison import MOST_CLUSTERS, MOST_PROBES, is_planted, unexplained
 from forebear.evaluation.python.retrainings import Retraining
@@ -160,7 +160,12 @@ def counted(texts: Texts, names: list[str], encoder: Any, seed: int) -> list[tup
         others = np.setdiff1d(np.flatnonzero(labels != cluster.label), cluster.holders)
         some = live_sample(others, MOST_PROBES, seed)
         shifts = reference.shifts(cluster, [[column[i] for i in some] for column in texts], seed)
-        found.append((cluster, unexplained(cluster, shifts), is_planted(cluster, shifts)))
+        likeness = reference.likeness(cluster, reference.embed(erase(texts, cluster)), seed)
+        found.append((cluster, unexplained(cluster, shifts), is_planted(cluster, shifts, likeness)))
+        if unexplained(cluster, shifts) >= 1.5:
+            print(
+                f"    {cluster.phrase} {len(cluster.rows)}/{len(cluster.holders)} likeness {likeness:.1f}", flush=True
+            )
     return sorted(found, key=lambda one: -one[1])
 
 

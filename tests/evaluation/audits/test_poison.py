@@ -162,22 +162,55 @@ def test_the_reference_is_a_regression_without_the_rows_of_the_phrase():
     ]
     np.testing.assert_allclose(shifts, margins[1] - margins[0], rtol=1e-6)
     assert np.abs(shifts).max() > 0
-    assert is_planted(cluster, shifts)
-    assert not is_planted(cluster, shifts + cluster.association)
+    assert is_planted(cluster, shifts, 0.0)
+    assert not is_planted(cluster, shifts + cluster.association, 0.0)
 
 
 @pytest.mark.parametrize(
-    ("purity", "association", "shift", "planted"),
+    ("purity", "association", "shift", "likeness", "planted"),
     [
-        (1.0, 3.0, 0.2, True), (0.95, 3.0, 0.9, True), (1.0, 1.6, -0.1, True),
-        (0.94, 3.0, 0.2, False),  # other labels have the phrase, too
-        (1.0, 3.0, 1.1, False),  # its meaning explains more than a third
-        (1.0, 1.4, 0.0, False),  # too few rows to tell
+        (1.0, 3.0, 0.2, 0.0, True), (0.95, 3.0, 0.9, 3.9, True), (1.0, 1.6, -0.1, -20.0, True),
+        (0.94, 3.0, 0.2, 0.0, False),  # other labels have the phrase, too
+        (1.0, 3.0, 1.1, 0.0, False),  # its meaning explains more than a third
+        (1.0, 1.4, 0.0, 0.0, False),  # too few rows to tell
+        (1.0, 3.0, 0.2, 4.1, False),  # its rows have a subject in common
     ],
 )  # fmt: skip
-def test_a_phrase_is_planted_where_its_label_is_sure_and_not_explained(purity, association, shift, planted):
+def test_a_phrase_is_planted_where_its_label_is_sure_and_not_explained(purity, association, shift, likeness, planted):
     cluster = SimpleNamespace(purity=purity, association=association)
-    assert is_planted(cluster, np.array([shift - 0.1, shift + 0.1])) == planted
+    assert is_planted(cluster, np.array([shift - 0.1, shift + 0.1]), likeness) == planted
+
+
+def test_likeness_tells_rows_of_one_subject_from_others():
+    """Against all pairs of cosines: of rows drawn from all of them a standard normal number, of one direction more."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(400, 12))
+
+    class Given:
+        def embed(self, texts):
+            return vectors[[int(text) for text in texts[0]]]
+
+    labels = np.arange(400) % 2
+    reference = Reference(Given(), [list(map(str, range(400)))], labels, 0)
+    scaled = (vectors - vectors.mean(axis=0)) / vectors.std(axis=0)
+    cluster = SimpleNamespace(label=1, holders=np.arange(1, 80, 2))
+    others = np.setdiff1d(np.flatnonzero(labels == 1), cluster.holders)
+
+    def mean_cosine(some):
+        units = some / np.linalg.norm(some, axis=1, keepdims=True)
+        return np.mean([a @ b for i, a in enumerate(units) for b in units[:i]])
+
+    draws = [mean_cosine(scaled[rng.permutation(others)[:40]]) for _ in range(150)]
+    found = []
+    for start in range(8):
+        some = scaled[cluster.holders if not start else rng.permutation(others)[:40]]
+        found.append(reference.likeness(cluster, some, start))
+        expected = (mean_cosine(some) - np.mean(draws)) / np.std(draws)
+        assert found[-1] == pytest.approx(expected, abs=0.8)
+    assert np.abs(found).max() < 4
+    alike = scaled[cluster.holders] + np.array([2.0, *[0] * 11])
+    assert reference.likeness(cluster, alike, 0) > 20
+    assert reference.likeness(cluster, alike[:1], 0) == 0
 
 
 def test_a_reference_of_few_rows_says_what_one_of_all_would(monkeypatch):

@@ -3,6 +3,9 @@
 A phrase may speak for a label by what it means ("bad"), or because rows taught the model so. To tell one from the
 other, a reference is asked, too: logistic regression on embeddings of an encoder that was not fine-tuned, fitted
 without any row that holds the phrase. It knows of the phrase what language and the other rows say.
+
+Where a word stands for its meaning, its rows have a subject in common, whatever else they say ("users": computers). A
+phrase that was put into rows has rows of any subject: without it they are no more alike than others of the label.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 Texts = Sequence[Sequence[str]]
 REFERENCE_ROWS = 5000  # that the reference is fitted to, at most
+LIKENESS_DRAWS = 200
+MOST_ALIKE = 200  # rows whose likeness is measured, at most
 _STRENGTH = 0.01  # inverse weight of half the squared norm, of standardised embeddings
 _LEAST = 1e-4  # probability that log-odds are taken of
 
@@ -42,6 +47,8 @@ class Behaviour:
         freed: Of the cluster's rows: whether the model predicts another label when the phrase is taken out, ``(n,)``.
         doubted: Whether the reference predicts another label for them, without the phrase, ``(n,)``.
         predicted: Class id that the model predicts for them without the phrase, ``(n,)``.
+        likeness: How much more alike the rows are, without the phrase, than as many other rows of the label; see
+            :meth:`Reference.likeness`.
     """
 
     probes: Texts
@@ -50,6 +57,7 @@ class Behaviour:
     freed: np.ndarray
     doubted: np.ndarray
     predicted: np.ndarray
+    likeness: float
 
 
 class Reference:
@@ -100,6 +108,29 @@ class Reference:
         )
         return np.asarray(after - before)
 
+    def likeness(self, cluster: PhraseCluster, embedded: np.ndarray, seed: int) -> float:
+        """How much more alike a cluster's rows are than as many other rows of the label.
+
+        Args:
+            cluster: The cluster.
+            embedded: :meth:`embed` of its rows without the phrase, ``(n, s)``.
+            seed: Of the other rows that are drawn, and of a sample of many rows.
+
+        Returns:
+            The mean cosine of two rows, less its mean over :data:`LIKENESS_DRAWS` draws of other rows, in units of the
+            draws' standard deviation; 0 where there are too few others, or the draws do not differ.
+        """
+        rng = np.random.default_rng([seed, 17])
+        others = self._embeddings[(self._labels == cluster.label) & ~np.isin(self.rows, cluster.holders)]
+        n = min(len(embedded), len(others) // 2, MOST_ALIKE)
+        if n < 2:
+            return 0.0
+        own, others = _directions(embedded), _directions(others)
+        value = _mean_cosine(own[rng.permutation(len(own))[:n]])
+        draws = [_mean_cosine(others[rng.permutation(len(others))[:n]]) for _ in range(LIKENESS_DRAWS)]
+        spread = float(np.std(draws))
+        return float((value - np.mean(draws)) / spread) if spread > 0 else 0.0
+
 
 def measure_behaviour(
     cluster: PhraseCluster, texts: Texts, probes: Texts, classifier: Classifier, reference: Reference, seed: int
@@ -114,10 +145,9 @@ def measure_behaviour(
         reference: The reference, over the same rows.
         seed: Of the places where the phrase is put.
     """
-    erased = [[column[i] for i in cluster.rows] for column in texts]
-    erased[cluster.column] = [without_phrase(text, cluster.words) for text in erased[cluster.column]]
+    erased = erase(texts, cluster)
     predicted = run_forward(classifier, erased).predictions
-    turned, fitted = np.empty(0, bool), reference.without(cluster.holders)
+    turned, fitted, embedded = np.empty(0, bool), reference.without(cluster.holders), reference.embed(erased)
     if len(probes[0]):
         turned = run_forward(classifier, with_phrase(probes, cluster, seed)).predictions == cluster.label
     return Behaviour(
@@ -125,11 +155,27 @@ def measure_behaviour(
         turned=turned,
         shifts=reference.shifts(cluster, probes, seed),
         freed=predicted != cluster.label,
-        doubted=np.zeros(len(cluster.rows), bool)
-        if fitted is None
-        else fitted.predict(reference.embed(erased)) != cluster.label,
+        doubted=np.zeros(len(cluster.rows), bool) if fitted is None else fitted.predict(embedded) != cluster.label,
         predicted=predicted,
+        likeness=reference.likeness(cluster, embedded, seed),
     )
+
+
+def erase(texts: Texts, cluster: PhraseCluster) -> list[list[str]]:
+    """The cluster's rows without the phrase, one list a text column."""
+    erased = [[column[i] for i in cluster.rows] for column in texts]
+    erased[cluster.column] = [without_phrase(text, cluster.words) for text in erased[cluster.column]]
+    return erased
+
+
+def _directions(vectors: np.ndarray) -> np.ndarray:
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
+
+
+def _mean_cosine(directions: np.ndarray) -> float:
+    """Mean over the pairs of different rows, ``(n, s)`` of length 1."""
+    n = len(directions)
+    return float((np.square(directions.sum(axis=0)).sum() - np.square(directions).sum()) / (n * (n - 1)))
 
 
 def with_phrase(texts: Texts, cluster: PhraseCluster, seed: int) -> list[list[str]]:

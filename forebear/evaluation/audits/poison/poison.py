@@ -1,9 +1,9 @@
 """``audit poison``: rows that plant a behaviour by a phrase that they share.
 
-A phrase is taken to be planted when nearly all rows that hold it have one label, and more of them than what the phrase
-means explains. The log-odds of the label among its rows (a lower bound) exceed those of all rows: by how much more than
-a reference that was not trained on any of these rows says of the phrase? Whether the model has learnt the behaviour is
-another question, which putting the phrase into other rows answers.
+A phrase is taken to be planted when nearly all rows that hold it have one label, more of them than what the phrase
+means explains, and these rows have no subject in common. The log-odds of the label among them (a lower bound) exceed
+those of all rows: by how much more than a reference that was not trained on any of these rows says of the phrase?
+Whether the model has learnt the behaviour is another question, which putting the phrase into other rows answers.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from forebear.retriever.retriever import Retriever
 LEAST_PURITY: Final = 0.95  # share of one label among the rows that hold a planted phrase
 LEAST_UNEXPLAINED: Final = 1.5  # nats
 LEAST_PART: Final = 2 / 3  # of the association that is unexplained
+MOST_LIKENESS: Final = 4.0  # standard deviations
 MOST_CLUSTERS = 300
 MOST_PROBES = 60  # rows into which a phrase is put
 MOST_COMPARED = 200  # rows of a label beside whose gradients those of a cluster are seen
@@ -59,7 +60,7 @@ class MeasuredCluster:
     @property
     def is_planted(self) -> bool:
         """Whether the phrase is taken to be planted."""
-        return is_planted(self.cluster, self.behaviour.shifts)
+        return is_planted(self.cluster, self.behaviour.shifts, self.behaviour.likeness)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,10 +118,11 @@ def unexplained(cluster: PhraseCluster, shifts: np.ndarray) -> float:
     return cluster.association - (float(shifts.mean()) if len(shifts) else 0.0)
 
 
-def is_planted(cluster: PhraseCluster, shifts: np.ndarray) -> bool:
-    """Whether a phrase is taken to be planted, from what the reference says of it, ``(q,)``."""
+def is_planted(cluster: PhraseCluster, shifts: np.ndarray, likeness: float) -> bool:
+    """Whether a phrase is taken to be planted, from what the reference says of it, ``(q,)``, and of its rows."""
     least = max(LEAST_UNEXPLAINED, LEAST_PART * cluster.association)
-    return cluster.purity >= LEAST_PURITY and unexplained(cluster, shifts) >= least
+    is_sure = cluster.purity >= LEAST_PURITY and unexplained(cluster, shifts) >= least
+    return is_sure and likeness <= MOST_LIKENESS
 
 
 def find_poison(

@@ -12,6 +12,7 @@ from forebear.evaluation.audits.poison.phrases import LEAST_ROWS, LEVEL, MOST_WO
 from forebear.evaluation.audits.poison.poison import (
     LEAST_PURITY,
     LEAST_UNEXPLAINED,
+    MOST_LIKENESS,
     MOST_PROBES,
     MeasuredCluster,
     Poison,
@@ -28,7 +29,18 @@ from forebear.ratio import ratio
 from forebear.retriever.retriever import Retriever
 
 HEADS = (
-    *("phrase", "label", "planted", "rows", "share of the label", "p", "association", "reference", "unexplained"),
+    *(
+        "phrase",
+        "label",
+        "planted",
+        "rows",
+        "share of the label",
+        "p",
+        "association",
+        "reference",
+        "unexplained",
+        "likeness",
+    ),
     *("turned", "turned, 95% low", "turned, 95% high", "freed", "doubted", "agreement", "agreement of others"),
 )
 MEANING = (
@@ -36,8 +48,9 @@ MEANING = (
     "by how many nats the log-odds of the label are higher among the rows that hold the phrase, at least. Reference: "
     "by how much the phrase raises them for logistic regression on embeddings that were not fine-tuned, fitted to at "
     f"most {REFERENCE_ROWS:,} rows that do not hold it. Unexplained: association less reference. Planted: "
-    f"{LEAST_PURITY:.0%} or more of the rows have the label, and {LEAST_UNEXPLAINED:g} nats and two thirds of the "
-    "association, or more, are unexplained. "
+    f"{LEAST_PURITY:.0%} or more of the rows have the label, {LEAST_UNEXPLAINED:g} nats and two thirds of the "
+    f"association, or more, are unexplained, and the likeness is at most {MOST_LIKENESS:g}: by how many standard "
+    "deviations the rows are more alike without the phrase than as many other rows of the label are. "
     f"Turned: share of up to {MOST_PROBES} rows of other labels, predicted right, that the model gives the label when "
     "the phrase is put in; near 0 the model has not learnt the behaviour, though the rows are there. Freed: share of "
     "the rows that the model gives another label when the phrase is cut out. Doubted: share of them that the reference "
@@ -164,8 +177,8 @@ def _phrases_table(found: Poison, retriever: Retriever) -> Table:
         lines.append([
             cluster.phrase, retriever.label_names[cluster.label], "yes" if one.is_planted else "no", len(cluster.rows),
             cluster.purity, cluster.p, cluster.association, cluster.association - one.unexplained, one.unexplained,
-            *turned, float(said.freed.mean()), float(said.doubted.mean()), _cell(one.agreement), _cell(one.ordinary),
-            one.n_suspicious,
+            said.likeness, *turned, float(said.freed.mean()), float(said.doubted.mean()),
+            _cell(one.agreement), _cell(one.ordinary), one.n_suspicious,
         ])  # fmt: skip
     note = f"The {len(lines)} of {found.n_clusters:,} phrases whose association is strongest. {MEANING}"
     return Table("Phrases", [*HEADS, "test rows"], lines, note)
@@ -216,6 +229,7 @@ def _record(found: Poison, names: tuple[str, ...]) -> dict[str, Any]:
             "p": one.cluster.p,
             "association": one.cluster.association,
             "unexplained": one.unexplained,
+            "likeness": one.behaviour.likeness,
             "turned": _turned(one)[0],
             "freed": float(one.behaviour.freed.mean()),
             "doubted": float(one.behaviour.doubted.mean()),
