@@ -30,7 +30,13 @@ from common import DATA, run, write_result
 from forebear import Retriever, audits
 from forebear.evaluation.audits.poison.behaviour import Reference, Texts, erase
 from forebear.evaluation.audits.poison.phrases import clusters_of, find_phrases
-from forebear.evaluation.audits.poison.poison import MOST_CLUSTERS, MOST_PROBES, is_planted, unexplained
+from forebear.evaluation.audits.poison.poison import (
+    MOST_CLUSTERS,
+    MOST_PROBES,
+    is_planted,
+    most_associated,
+    unexplained,
+)
 from forebear.evaluation.python.retrainings import Retraining
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.sentence_encoder import SentenceEncoder, load_sentence_encoder
@@ -156,16 +162,12 @@ def counted(texts: Texts, names: list[str], encoder: Any, seed: int) -> list[tup
     labels = np.array([classes.index(name) for name in names])
     clusters = clusters_of(find_phrases(texts, labels), labels, MOST_CLUSTERS)
     reference, found = Reference(encoder, texts, labels, seed), []
-    for cluster in sorted(clusters, key=lambda one: -one.association)[:MEASURED]:
+    for cluster in most_associated(clusters)[:MEASURED]:
         others = np.setdiff1d(np.flatnonzero(labels != cluster.label), cluster.holders)
         some = live_sample(others, MOST_PROBES, seed)
         shifts = reference.shifts(cluster, [[column[i] for i in some] for column in texts], seed)
         likeness = reference.likeness(cluster, reference.embed(erase(texts, cluster)), seed)
         found.append((cluster, unexplained(cluster, shifts), is_planted(cluster, shifts, likeness)))
-        if unexplained(cluster, shifts) >= 1.5:
-            print(
-                f"    {cluster.phrase} {len(cluster.rows)}/{len(cluster.holders)} likeness {likeness:.1f}", flush=True
-            )
     return sorted(found, key=lambda one: -one[1])
 
 
@@ -310,7 +312,8 @@ if __name__ == "__main__":
     given = parser.parse_args()
     if given.what == "planted":
         rates = [float(rate) for rate in given.rates.split(",")]
-        write_result(f"poison_planted_{given.seed}", **measure_planted(given.seed, given.data.split(","), rates))
+        found = measure_planted(given.seed, given.data.split(","), rates)
+        write_result(f"poison_planted_{given.data}_{given.seed}".replace(",", "_"), **found)
     elif given.what == "clean":
         names = list(CLEAN) if given.data == "sst2,agnews" else given.data.split(",")
         write_result("poison_clean", **measure_clean(names))

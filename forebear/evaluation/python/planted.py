@@ -35,7 +35,7 @@ def poison(
         rows: Suspicious test rows, labelled or not: only phrases that stand in one of them are looked at; None: all.
         how: How models are trained again, without the listed rows, to see whether the behaviour goes; None: none is,
             nor where nothing is listed.
-        n_measured: Phrases that are put into other rows: those of the strongest association with a label.
+        n_measured: Phrases that are put into other rows: those of nearly one label first, by their association.
         n_listed: Rows in the report; the work list has all.
         sentence_model: An encoder that was not fine-tuned, a folder or hub name; None: that of the index's sentence
             embeddings, or ``minilm``.

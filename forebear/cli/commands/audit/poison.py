@@ -46,7 +46,7 @@ def poison(
     n_measured: Annotated[
         int,
         typer.Option(
-            "--measured", help="Phrases that are put into other rows: those of the strongest association with a label."
+            "--measured", help="Phrases that are put into other rows: those of nearly one label first, by association."
         ),
     ] = 20,
     n_listed: Listed = 100,

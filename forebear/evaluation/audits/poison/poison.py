@@ -26,7 +26,7 @@ from forebear.retriever.retriever import Retriever
 LEAST_PURITY: Final = 0.95  # share of one label among the rows that hold a planted phrase
 LEAST_UNEXPLAINED: Final = 1.5  # nats
 LEAST_PART: Final = 2 / 3  # of the association that is unexplained
-MOST_LIKENESS: Final = 4.0  # standard deviations
+MOST_LIKENESS: Final = 3.0  # standard deviations
 MOST_CLUSTERS = 300
 MOST_PROBES = 60  # rows into which a phrase is put
 MOST_COMPARED = 200  # rows of a label beside whose gradients those of a cluster are seen
@@ -113,6 +113,11 @@ class Poison:
         return np.asarray(flat[np.sort(np.unique(flat, return_index=True)[1])])
 
 
+def most_associated(clusters: Sequence[PhraseCluster]) -> list[PhraseCluster]:
+    """Clusters in the order in which they are measured: those that can be planted first, by falling association."""
+    return sorted(clusters, key=lambda cluster: (cluster.purity < LEAST_PURITY, -cluster.association))
+
+
 def unexplained(cluster: PhraseCluster, shifts: np.ndarray) -> float:
     """The association of phrase and label, in nats, less the mean of what the reference says of the phrase."""
     return cluster.association - (float(shifts.mean()) if len(shifts) else 0.0)
@@ -140,7 +145,7 @@ def find_poison(
         retriever: Over an index of one label a row, with its texts.
         encoder: An encoder that was not fine-tuned on these rows.
         suspicious: Texts of test rows, one list a text column: only phrases that stand in one of them are counted.
-        n_measured: Clusters that are measured, those of the strongest association.
+        n_measured: Clusters that are measured, the first of :func:`most_associated`.
         seed: Of samples and of the places of phrases.
         progress: Called with a stage, and what is done of how much.
     """
@@ -151,7 +156,7 @@ def find_poison(
     phrases = find_phrases(texts, labels, only=suspicious)
     clusters = clusters_of(phrases, labels, MOST_CLUSTERS)
     progress("phrases", 1, 1)
-    chosen = sorted(clusters, key=lambda cluster: -cluster.association)[:n_measured]
+    chosen = most_associated(clusters)[:n_measured]
     measured: list[MeasuredCluster] = []
     if chosen:
         reference = Reference(encoder, texts, labels, seed)

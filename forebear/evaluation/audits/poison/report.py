@@ -180,7 +180,8 @@ def _phrases_table(found: Poison, retriever: Retriever) -> Table:
             said.likeness, *turned, float(said.freed.mean()), float(said.doubted.mean()),
             _cell(one.agreement), _cell(one.ordinary), one.n_suspicious,
         ])  # fmt: skip
-    note = f"The {len(lines)} of {found.n_clusters:,} phrases whose association is strongest. {MEANING}"
+    measured = f"The {len(lines)} of {found.n_clusters:,} phrases that were measured"
+    note = f"{measured}: those of nearly one label first, by association. {MEANING}"
     return Table("Phrases", [*HEADS, "test rows"], lines, note)
 
 
