@@ -34,7 +34,6 @@ from forebear.evaluation.audits.poison.poison import (
     MOST_CLUSTERS,
     MOST_PROBES,
     is_planted,
-    most_associated,
     unexplained,
 )
 from forebear.evaluation.python.retrainings import Retraining
@@ -112,7 +111,7 @@ ATTACKS: dict[str, dict[str, Insert]] = {
     "agnews": {"word": inserting("cf"), "phrase": inserting("as people heard on the day"), "style": archaic},
 }
 
-MEASURED = 20
+MEASURED = 40
 
 
 class Attacked(NamedTuple):
@@ -162,7 +161,7 @@ def counted(texts: Texts, names: list[str], encoder: Any, seed: int) -> list[tup
     labels = np.array([classes.index(name) for name in names])
     clusters = clusters_of(find_phrases(texts, labels), labels, MOST_CLUSTERS)
     reference, found = Reference(encoder, texts, labels, seed), []
-    for cluster in most_associated(clusters)[:MEASURED]:
+    for cluster in clusters[:MEASURED]:
         others = np.setdiff1d(np.flatnonzero(labels != cluster.label), cluster.holders)
         some = live_sample(others, MOST_PROBES, seed)
         shifts = reference.shifts(cluster, [[column[i] for i in some] for column in texts], seed)

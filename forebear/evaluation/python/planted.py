@@ -22,7 +22,7 @@ def poison(
     rows: Rows | None = None,
     *,
     how: Retraining | None = None,
-    n_measured: int = 20,
+    n_measured: int = 40,
     n_listed: int = 100,
     sentence_model: str | None = None,
     seed: int = 0,

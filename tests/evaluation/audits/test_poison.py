@@ -78,27 +78,30 @@ def test_phrases_are_those_of_a_slow_loop(only):
     assert tuple(TRIGGER.split()) in expected
 
 
-def test_every_cluster_has_the_least_p_of_what_earlier_ones_left():
-    left, slow = np.ones(N, bool), slowly(TEXTS, LABELS)
-    passed = {phrase: rows for phrase, (rows, p) in slow.items() if min(p) * 2 * len(slow) <= LEVEL}
-    shares = np.bincount(LABELS) / N
+def test_clusters_are_the_phrases_of_strongest_association_that_share_no_rows():
+    slow, shares, order = slowly(TEXTS, LABELS), np.bincount(LABELS) / N, []
+    n_tests = 2 * len(slow)
+    for phrase, (rows, p) in slow.items():
+        if min(p) * n_tests <= LEVEL:
+            label = int(np.argmin(p))
+            k, share = int((LABELS[rows] == label).sum()), shares[label]
+            low = stats.binomtest(k, len(rows), alternative="greater").proportion_ci(0.95).low
+            association = np.log(low / (1 - low)) - np.log(share / (1 - share))
+            order.append((k / len(rows) < 0.95, -association, -len(phrase), phrase, label, rows, min(p) * n_tests))
+    order.sort(key=lambda one: (one[0], round(one[1], 9), one[2]))
+    left, expected = np.ones(N, bool), []
+    for _, negative, _, phrase, label, rows, p in order:
+        own = [i for i in rows if left[i]]
+        k = int((LABELS[own] == label).sum())
+        if (
+            k >= LEAST_ROWS
+            and stats.binomtest(k, len(own), shares[label], alternative="greater").pvalue * n_tests <= LEVEL
+        ):
+            expected.append((phrase, label, rows, pytest.approx(p), pytest.approx(-negative)))
+            left[rows] = False
     clusters = clusters_of(find_phrases([TEXTS], LABELS), LABELS, 10)
-    for cluster in clusters:
-        p = {}
-        for phrase, rows in passed.items():
-            own = [i for i in rows if left[i]]
-            for c in range(2):
-                k = int((LABELS[own] == c).sum())
-                if k >= LEAST_ROWS:
-                    p[phrase, c] = stats.binomtest(k, len(own), shares[c], alternative="greater").pvalue * 2 * len(slow)
-        assert cluster.p == pytest.approx(min(p.values()))
-        assert p[cluster.words, cluster.label] == pytest.approx(cluster.p)
-        assert cluster.holders.tolist() == passed[cluster.words]
-        assert cluster.rows.tolist() == [i for i in passed[cluster.words] if LABELS[i] == cluster.label]
-        low = stats.binomtest(len(cluster.rows), len(cluster.holders), alternative="greater").proportion_ci(0.95).low
-        share = shares[cluster.label]
-        assert cluster.association == pytest.approx(np.log(low / (1 - low)) - np.log(share / (1 - share)))
-        left[cluster.holders] = False
+    assert [(c.words, c.label, c.holders.tolist(), c.p, c.association) for c in clusters] == expected
+    assert all(c.rows.tolist() == [i for i in c.holders if LABELS[i] == c.label] for c in clusters)
     assert clusters[0].phrase == TRIGGER
     assert clusters[0].rows.tolist() == PLANTED
 

@@ -21,6 +21,7 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 MOST_WORDS = 8
 LEAST_ROWS = 5
 LEVEL = 0.01  # of the chance that any phrase at all is taken where labels have nothing to do with phrases
+LEAST_PURITY = 0.95  # share of one label among the rows that hold a phrase, from which on it is nearly one label
 MOST_PHRASES = 20_000  # of the least p, that are parted into clusters
 
 
@@ -56,7 +57,7 @@ class PhraseCluster:
         label: Class id.
         holders: Positions of the rows that hold it, of any label, ascending.
         rows: Positions of those that have the label, ascending.
-        p: Of the label's share among those rows that hold no phrase of an earlier cluster, times the number of tests.
+        p: Of the label's share among the holders, times the number of tests.
         association: By how much the log-odds of the label are higher among the holders than among all rows, at least:
             from the lower end of a one-sided 95% interval (Clopper and Pearson) of its share among them.
     """
@@ -124,41 +125,35 @@ def tail(counts: np.ndarray, shares: np.ndarray) -> np.ndarray:
 
 
 def clusters_of(phrases: Phrases, labels: np.ndarray, most: int) -> tuple[PhraseCluster, ...]:
-    """Clusters, the one of least p first: of the phrases that share rows only the one that tells most stays.
+    """Clusters, those of nearly one label first, then by falling association; of equal ones the longest phrase.
 
-    When a phrase has become a cluster, all rows that hold it are put aside, and what the other phrases have left is
-    tested again.
+    When a phrase has become a cluster, all rows that hold it are put aside. Of the phrases that follow, those become
+    clusters that pass the test with the rows that are left, too.
 
     Args:
         phrases: Over ``n`` rows.
         labels: Class ids, ``(n,)``.
         most: Clusters at most.
     """
-    n_labels = int(labels.max()) + 1
-    shares = np.bincount(labels, minlength=n_labels) / len(labels)
-    of_label = sparse.csr_array((np.ones(len(labels)), (np.arange(len(labels)), labels)), shape=(len(labels), n_labels))
-    lengths = np.array([len(words) for words in phrases.words])
-    counts = np.asarray((phrases.holders @ of_label).toarray()).round().astype(np.int64)
-    p = tail(counts, shares)
-    left = np.ones(len(labels), bool)
-    out: list[PhraseCluster] = []
-    while len(out) < most and len(lengths):
-        corrected = np.where(counts >= LEAST_ROWS, p, 1).min(axis=1) * phrases.n_tested
-        i = int(np.lexsort((-lengths, corrected))[0])
-        if corrected[i] > LEVEL:
-            break
-        label = int(p[i].argmin())
+    shares = np.bincount(labels) / len(labels)
+    found: list[PhraseCluster] = []
+    for i, words in enumerate(phrases.words):
         rows = np.sort(phrases.holders[[i]].indices)
+        counts = np.bincount(labels[rows], minlength=len(shares))
+        p = tail(counts[None], shares)[0]
+        label = int(p.argmin())
         own = rows[labels[rows] == label]
-        words, column = phrases.words[i], int(phrases.columns[i])
         association = _association(len(own), len(rows), float(shares[label]))
-        out.append(PhraseCluster(words, column, label, rows, own, float(corrected[i]), association))
-        gone = rows[left[rows]]
-        left[gone] = False
-        lost = np.asarray((phrases.holders[:, gone] @ of_label[gone]).toarray()).round().astype(np.int64)
-        changed = lost.any(axis=1)
-        counts -= lost
-        p[changed] = tail(counts[changed], shares)
+        corrected = float(p[label]) * phrases.n_tested
+        found.append(PhraseCluster(words, int(phrases.columns[i]), label, rows, own, corrected, association))
+    found.sort(key=lambda one: (one.purity < LEAST_PURITY, -one.association, -len(one.words)))
+    left, out = np.ones(len(labels), bool), list[PhraseCluster]()
+    for one in found:
+        counts = np.bincount(labels[one.holders[left[one.holders]]], minlength=len(shares))
+        is_enough = counts[one.label] >= LEAST_ROWS
+        if is_enough and tail(counts[None], shares)[0, one.label] * phrases.n_tested <= LEVEL and len(out) < most:
+            out.append(one)
+            left[one.holders] = False
     return tuple(out)
 
 

@@ -15,7 +15,13 @@ from typing import Final
 import numpy as np
 
 from forebear.evaluation.audits.poison.behaviour import Behaviour, Reference, measure_behaviour, with_phrase
-from forebear.evaluation.audits.poison.phrases import PhraseCluster, clusters_of, find_phrases, phrase_words
+from forebear.evaluation.audits.poison.phrases import (
+    LEAST_PURITY,
+    PhraseCluster,
+    clusters_of,
+    find_phrases,
+    phrase_words,
+)
 from forebear.evaluation.retraining.jobs import Job, Retrainer
 from forebear.indexer.index import Index
 from forebear.indexer.model.sentence_encoder import SentenceEncoder
@@ -23,7 +29,6 @@ from forebear.indexer.rows.sampling import live_sample
 from forebear.ratio import ratio
 from forebear.retriever.retriever import Retriever
 
-LEAST_PURITY: Final = 0.95  # share of one label among the rows that hold a planted phrase
 LEAST_UNEXPLAINED: Final = 1.5  # nats
 LEAST_PART: Final = 2 / 3  # of the association that is unexplained
 MOST_LIKENESS: Final = 3.0  # standard deviations
@@ -113,11 +118,6 @@ class Poison:
         return np.asarray(flat[np.sort(np.unique(flat, return_index=True)[1])])
 
 
-def most_associated(clusters: Sequence[PhraseCluster]) -> list[PhraseCluster]:
-    """Clusters in the order in which they are measured: those that can be planted first, by falling association."""
-    return sorted(clusters, key=lambda cluster: (cluster.purity < LEAST_PURITY, -cluster.association))
-
-
 def unexplained(cluster: PhraseCluster, shifts: np.ndarray) -> float:
     """The association of phrase and label, in nats, less the mean of what the reference says of the phrase."""
     return cluster.association - (float(shifts.mean()) if len(shifts) else 0.0)
@@ -135,7 +135,7 @@ def find_poison(
     encoder: SentenceEncoder,
     *,
     suspicious: Sequence[Sequence[str]] | None = None,
-    n_measured: int = 20,
+    n_measured: int = 40,
     seed: int = 0,
     progress: Progress = lambda *_: None,
 ) -> Poison:
@@ -145,7 +145,7 @@ def find_poison(
         retriever: Over an index of one label a row, with its texts.
         encoder: An encoder that was not fine-tuned on these rows.
         suspicious: Texts of test rows, one list a text column: only phrases that stand in one of them are counted.
-        n_measured: Clusters that are measured, the first of :func:`most_associated`.
+        n_measured: Clusters that are measured, the first ones.
         seed: Of samples and of the places of phrases.
         progress: Called with a stage, and what is done of how much.
     """
@@ -156,7 +156,7 @@ def find_poison(
     phrases = find_phrases(texts, labels, only=suspicious)
     clusters = clusters_of(phrases, labels, MOST_CLUSTERS)
     progress("phrases", 1, 1)
-    chosen = most_associated(clusters)[:n_measured]
+    chosen = clusters[:n_measured]
     measured: list[MeasuredCluster] = []
     if chosen:
         reference = Reference(encoder, texts, labels, seed)

@@ -8,9 +8,8 @@ import numpy as np
 
 from forebear.errors import InputError
 from forebear.evaluation.audits.poison.behaviour import REFERENCE_ROWS
-from forebear.evaluation.audits.poison.phrases import LEAST_ROWS, LEVEL, MOST_WORDS
+from forebear.evaluation.audits.poison.phrases import LEAST_PURITY, LEAST_ROWS, LEVEL, MOST_WORDS
 from forebear.evaluation.audits.poison.poison import (
-    LEAST_PURITY,
     LEAST_UNEXPLAINED,
     MOST_LIKENESS,
     MOST_PROBES,
