@@ -118,7 +118,7 @@ def test_scores_are_the_sums_beyond_those_of_rows_that_stayed_right(versions, fo
             }
         ranked = found.numbers.ranked(kind)
         assert set(ranked) == set(np.flatnonzero(expected > 0))
-        assert (np.diff(expected[ranked]) <= 0).all()
+        assert (np.diff(expected[ranked]) <= 1e-9).all()  # of equal scores the rounding may differ
     sizes = np.abs(scores[right["regressed"]])
     shares = sizes[:, changed].sum(axis=1) / sizes.sum(axis=1)
     np.testing.assert_allclose(found.numbers.shares[REGRESSED], shares, rtol=1e-6)
