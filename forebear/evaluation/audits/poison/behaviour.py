@@ -4,8 +4,8 @@ A phrase may speak for a label by what it means ("bad"), or because rows taught 
 other, a reference is asked, too: logistic regression on embeddings of an encoder that was not fine-tuned, fitted
 without any row that holds the phrase. It knows of the phrase what language and the other rows say.
 
-Where a word stands for its meaning, its rows have a subject in common, whatever else they say ("users": computers). A
-phrase that was put into rows has rows of any subject: without it they are no more alike than others of the label.
+Where a word stands for its meaning, its rows have a subject in common, whatever else they say ("users": computers), by
+which they can be told from others. A phrase that was put into rows has rows of any subject.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 Texts = Sequence[Sequence[str]]
 REFERENCE_ROWS = 5000  # that the reference is fitted to, at most
-LIKENESS_DRAWS = 200
 MOST_ALIKE = 200  # rows whose likeness is measured, at most
+MOST_TIMES = 10  # as many other rows beside them
+FOLDS = 5
 _STRENGTH = 0.01  # inverse weight of half the squared norm, of standardised embeddings
 _LEAST = 1e-4  # probability that log-odds are taken of
 
@@ -47,8 +48,7 @@ class Behaviour:
         freed: Of the cluster's rows: whether the model predicts another label when the phrase is taken out, ``(n,)``.
         doubted: Whether the reference predicts another label for them, without the phrase, ``(n,)``.
         predicted: Class id that the model predicts for them without the phrase, ``(n,)``.
-        likeness: How much more alike the rows are, without the phrase, than as many other rows of the label; see
-            :meth:`Reference.likeness`.
+        likeness: How surely the rows, without the phrase, can be told from others; see :meth:`Reference.likeness`.
     """
 
     probes: Texts
@@ -109,27 +109,44 @@ class Reference:
         return np.asarray(after - before)
 
     def likeness(self, cluster: PhraseCluster, embedded: np.ndarray, seed: int) -> float:
-        """How much more alike a cluster's rows are than as many other rows of the label.
+        """How surely a cluster's rows can be told from others that do not hold the phrase.
+
+        As many others, or a multiple, are drawn from each label that the reference predicts: so rows whose labels were
+        changed are held against rows like their texts. A logistic regression tells them apart in folds.
 
         Args:
             cluster: The cluster.
             embedded: :meth:`embed` of its rows without the phrase, ``(n, s)``.
-            seed: Of the other rows that are drawn, and of a sample of many rows.
+            seed: Of the rows that are drawn, and of the folds.
 
         Returns:
-            The mean cosine of two rows, less its mean over :data:`LIKENESS_DRAWS` draws of other rows, in units of the
-            draws' standard deviation; 0 where there are too few others, or the draws do not differ.
+            The area under the ROC curve, less 1/2, in units of its standard deviation where nothing tells the rows
+            apart (Mann and Whitney's); 0 where there are too few rows.
         """
-        rng = np.random.default_rng([seed, 17])
-        others = self._embeddings[(self._labels == cluster.label) & ~np.isin(self.rows, cluster.holders)]
-        n = min(len(embedded), len(others) // 2, MOST_ALIKE)
-        if n < 2:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.metrics import roc_auc_score
+        from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+        rng, fitted = np.random.default_rng([seed, 17]), self.without(cluster.holders)
+        if fitted is None:
             return 0.0
-        own, others = _directions(embedded), _directions(others)
-        value = _mean_cosine(own[rng.permutation(len(own))[:n]])
-        draws = [_mean_cosine(others[rng.permutation(len(others))[:n]]) for _ in range(LIKENESS_DRAWS)]
-        spread = float(np.std(draws))
-        return float((value - np.mean(draws)) / spread) if spread > 0 else 0.0
+        own = embedded[rng.permutation(len(embedded))[:MOST_ALIKE]]
+        others = self._embeddings[~np.isin(self.rows, cluster.holders)]
+        of_own, of_others = fitted.predict(own), fitted.predict(others)
+        counts = {label: (int((of_own == label).sum()), np.flatnonzero(of_others == label)) for label in set(of_own)}
+        times = min([MOST_TIMES, *(len(places) // n for n, places in counts.values())])
+        drawn = [rng.permutation(places)[: times * n] for n, places in counts.values()]
+        beside = others[np.concatenate(drawn)]
+        n, m = len(own), len(beside)
+        if min(n, m) < FOLDS:
+            return 0.0
+        is_own = np.repeat([True, False], [n, m])
+        scores = cross_val_predict(
+            LogisticRegression(C=_STRENGTH, class_weight="balanced", max_iter=1000),
+            np.concatenate([own, beside]), is_own, method="decision_function",
+            cv=StratifiedKFold(FOLDS, shuffle=True, random_state=seed),
+        )  # fmt: skip
+        return float((roc_auc_score(is_own, scores) - 0.5) / np.sqrt((n + m + 1) / (12 * n * m)))
 
 
 def measure_behaviour(
@@ -166,16 +183,6 @@ def erase(texts: Texts, cluster: PhraseCluster) -> list[list[str]]:
     erased = [[column[i] for i in cluster.rows] for column in texts]
     erased[cluster.column] = [without_phrase(text, cluster.words) for text in erased[cluster.column]]
     return erased
-
-
-def _directions(vectors: np.ndarray) -> np.ndarray:
-    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
-
-
-def _mean_cosine(directions: np.ndarray) -> float:
-    """Mean over the pairs of different rows, ``(n, s)`` of length 1."""
-    n = len(directions)
-    return float((np.square(directions.sum(axis=0)).sum() - np.square(directions).sum()) / (n * (n - 1)))
 
 
 def with_phrase(texts: Texts, cluster: PhraseCluster, seed: int) -> list[list[str]]:

@@ -31,7 +31,7 @@ from forebear.retriever.retriever import Retriever
 
 LEAST_UNEXPLAINED: Final = 1.5  # nats
 LEAST_PART: Final = 2 / 3  # of the association that is unexplained
-MOST_LIKENESS: Final = 3.0  # standard deviations
+MOST_LIKENESS: Final = 2.5  # standard deviations
 MOST_CLUSTERS = 300
 MOST_PROBES = 60  # rows into which a phrase is put
 MOST_COMPARED = 200  # rows of a label beside whose gradients those of a cluster are seen
