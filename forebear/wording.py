@@ -94,6 +94,7 @@ KEYWORDS = {
     "--lissa": Keyword("lissa", "QuerySpec"),
     "--listed": Keyword("n_listed", "hubs_report", "number"),
     "--max-length": Keyword("max_length", "BuildOptions", "number"),
+    "--measured": Keyword("n_measured", "poison", "number"),
     "--method": Keyword("methods", "QuerySpec", "texts"),
     "--model": Keyword("model", "Retriever"),
     "--neighbours": Keyword("n_neighbours", "suspects", "number"),

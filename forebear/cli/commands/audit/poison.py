@@ -48,7 +48,7 @@ def poison(
         typer.Option(
             "--measured", help="Phrases that are put into other rows: those of nearly one label first, by association."
         ),
-    ] = 20,
+    ] = 40,
     n_listed: Listed = 100,
     sentence_model: Annotated[
         str | None,
