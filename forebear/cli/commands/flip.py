@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forebear.cli.options.groups import Shown, grouped, values_of
+from forebear.cli.options.groups import Shown, grouped
 from forebear.cli.options.model import IndexOptions
 from forebear.cli.options.queries import QueryOptions
 from forebear.cli.options.question import HeadDamping, SampleOptions
@@ -62,16 +62,11 @@ def flip(
 ) -> None:
     """Find the fewest training rows that flip predictions."""
     from forebear.evaluation.python.flipping import flip
-    from forebear.evaluation.python.retrainings import Retraining
 
     queries.check("predicted")
     report.check()
     retriever = index.open()
-    choices = values_of(retraining)
-    begin = partial(start_workers, choices.pop("workers"))
-    how = None
-    if retraining.recipe is not None:
-        how = Retraining(device=index.first_device(), begin=begin, **choices)
+    how = retraining.how(index.first_device(), start_workers)
 
     def rows(*, need_labels: bool, **_columns: object) -> RowSource:
         return queries.open_rows(retriever, need_labels=need_labels)

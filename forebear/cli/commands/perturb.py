@@ -245,6 +245,7 @@ def _run(
     wordnet, out = WordNet(change.wordnet), output.folder
     folder = Path(retraining.cache or out / RETRAINED_NAME)
     start_workers(retraining.workers, folder)
+    assert retraining.recipe is not None
     retrainer = open_retrainer(
         retriever,
         retraining.recipe,

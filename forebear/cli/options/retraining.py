@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forebear.cli.options.groups import Options
+from forebear.cli.options.groups import Options, values_of
 from forebear.cli.options.question import Shares
 from forebear.cli.screen.console import integers
+
+if TYPE_CHECKING:
+    from forebear.evaluation.python.retrainings import Retraining
 
 Workers = Annotated[
     int,
@@ -52,8 +58,20 @@ class RecipeOptions(Options, panel="Retraining"):
 class RetrainOptions(RecipeOptions):
     """The same, of commands that always retrain, by several processes."""
 
-    recipe: Annotated[str, RECIPE] = "head"
+    recipe: Annotated[str | None, RECIPE] = "head"
     workers: Workers = 1
+
+    def how(self, device: str, start: Callable[[int, Path], None]) -> Retraining | None:
+        """The retraining on a device, as the functions of the package take it; None where no recipe is given.
+
+        ``start`` begins so many processes over a folder of outcomes.
+        """
+        from forebear.evaluation.python.retrainings import Retraining
+
+        if self.recipe is None:  # of commands whose default is that nothing is trained
+            return None
+        choices = values_of(self)
+        return Retraining(device=device, begin=partial(start, choices.pop("workers")), **choices)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from forebear.cli.commands.audit import leaving_out as audit_leaving_out
 from forebear.cli.commands.audit import poison as audit_poison
 from forebear.cli.commands.audit import rows as audit_rows
 from forebear.cli.commands.audit import versions as audit_versions
-from forebear.cli.options.groups import Shown, grouped, values_of
+from forebear.cli.options.groups import Shown, grouped
 from forebear.cli.options.model import ComparedOptions
 from forebear.cli.options.question import Methods, SampleSeed, Top
 from forebear.cli.options.report import FolderOptions
@@ -93,13 +93,8 @@ def hans(
 ) -> None:
     """Audit wrong "entailment" answers for the lexical-overlap shortcut."""
     from forebear.evaluation.python.hans import hans
-    from forebear.evaluation.python.retrainings import Retraining
 
-    choices = values_of(retraining)
-    begin = partial(start_workers, choices.pop("workers"))
-    how = None
-    if retraining.recipe is not None:
-        how = Retraining(device=index.each()[0].first_device(), begin=begin, **choices)
+    how = retraining.how(index.each()[0].first_device(), start_workers)
     own = {"how": how, "dev": None if dev is None else partial(ColumnOptions().open, dev), "shortcut": shortcut}
     given = own | {"methods": methods, "top": top, "weight": weight, "seed": seed}
     output.call(hans, index.open(), shown=_first_tables, rows=test.rows, **given)

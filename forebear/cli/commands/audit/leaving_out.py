@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from forebear.cli.options.groups import Shown, grouped, values_of
+from forebear.cli.options.groups import Shown, grouped
 from forebear.cli.options.model import IndexOptions
 from forebear.cli.options.question import HeadDamping, Listed, SampleOptions
 from forebear.cli.options.report import ReportOptions
@@ -69,14 +69,9 @@ def deletion(
 ) -> None:
     """Report what leaving rows out would change."""
     from forebear.evaluation.python.leaving_out import deletion
-    from forebear.evaluation.python.retrainings import Retraining
 
     report.check()
-    choices = values_of(retraining)
-    begin = partial(start_workers, choices.pop("workers"))
-    how = None
-    if retraining.recipe is not None:
-        how = Retraining(device=index.first_device(), begin=begin, **choices)
+    how = retraining.how(index.first_device(), start_workers)
     shown = partial(
         for_screen, ("row", "label", "loss", "rise alone", "test row", "predicted now", "predicted without")
     )

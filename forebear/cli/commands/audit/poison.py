@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from forebear.cli.options.groups import Shown, grouped, values_of
+from forebear.cli.options.groups import Shown, grouped
 from forebear.cli.options.model import IndexOptions
 from forebear.cli.options.question import Listed, SampleSeed
 from forebear.cli.options.report import ReportOptions
@@ -62,14 +62,9 @@ def poison(
 ) -> None:
     """List the training rows that plant a behaviour."""
     from forebear.evaluation.python.planted import poison
-    from forebear.evaluation.python.retrainings import Retraining
 
     report.check()
-    choices = values_of(retraining)
-    begin = partial(start_workers, choices.pop("workers"))
-    how = None
-    if retraining.recipe is not None:
-        how = Retraining(device=index.first_device(), begin=begin, **choices)
+    how = retraining.how(index.first_device(), start_workers)
     shown = partial(for_screen, ("row", "phrase", "label", "prediction", "planted", "rows", "unexplained", "turned"))
     own = {"n_measured": n_measured, "n_listed": n_listed, "sentence_model": sentence_model, "seed": seed}
     report.call(poison, index.open(), shown=shown, rows=test.rows, how=how, **own)

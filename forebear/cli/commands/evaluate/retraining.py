@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any
 
 import typer
 
 from forebear.cli.options.asking import AskOptions
-from forebear.cli.options.groups import Options, Shown, grouped, values_of
+from forebear.cli.options.groups import Options, Shown, grouped
 from forebear.cli.options.question import QuestionOptions, SeveralOptions, SpanOptions
 from forebear.cli.options.report import Keep
 from forebear.cli.options.retraining import AmountOptions, BudgetOptions
@@ -94,11 +93,7 @@ class RepeatedTrainingOptions(AskOptions):
 
     def retrain(self, function: Callable[..., Any], question: Options, **given: Any) -> None:
         """Call a function of ``forebear.evaluations`` that retrains; see :meth:`AskOptions.call`."""
-        from forebear.evaluation.python.evaluations import Retraining
-
-        choices = values_of(self.retraining)
-        begin = partial(start_workers, choices.pop("workers"))
-        how = Retraining(device=self.index.first_device(), begin=begin, **choices)
+        how = self.retraining.how(self.index.first_device(), start_workers)
         self.call(function, question, spans=self.spans, how=how, **given)
 
 
