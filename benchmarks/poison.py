@@ -164,8 +164,9 @@ def counted(texts: Texts, names: list[str], encoder: Any, seed: int) -> list[tup
     for cluster in clusters[:MEASURED]:
         others = np.setdiff1d(np.flatnonzero(labels != cluster.label), cluster.holders)
         some = live_sample(others, MOST_PROBES, seed)
-        shifts = reference.shifts(cluster, [[column[i] for i in some] for column in texts], seed)
-        likeness = reference.likeness(cluster, reference.embed(erase(texts, cluster)), seed)
+        fitted = reference.without(cluster.holders)
+        shifts = reference.shifts(fitted, cluster, [[column[i] for i in some] for column in texts], seed)
+        likeness = reference.likeness(fitted, cluster, reference.embed(erase(texts, cluster)), seed)
         found.append((cluster, unexplained(cluster, shifts), is_planted(cluster, shifts, likeness)))
     return sorted(found, key=lambda one: -one[1])
 

@@ -153,7 +153,7 @@ def test_the_reference_is_a_regression_without_the_rows_of_the_phrase():
     reference = Reference(encoder, [TEXTS], LABELS, 0)
     (cluster,) = clusters_of(find_phrases([TEXTS], LABELS), LABELS, 1)
     probes = [TEXTS[200:230]]
-    shifts = reference.shifts(cluster, probes, 4)
+    shifts = reference.shifts(reference.without(cluster.holders), cluster, probes, 4)
 
     embedded = encoder.embed([TEXTS])
     mean, spread = embedded.mean(axis=0), embedded.std(axis=0)
@@ -201,11 +201,12 @@ def test_likeness_tells_rows_of_one_subject_from_others_and_no_changed_labels():
     vectors = rng.normal(size=(1000, 12)) + 4.0 * np.outer(labels, np.eye(12)[0])
     reference = Reference(GivenEncoder(vectors), [list(map(str, range(1000)))], labels, 0)
     cluster = SimpleNamespace(label=1, holders=np.arange(1, 80, 2))
+    fitted = reference.without(cluster.holders)
 
     def likeness(label, shift=0.0, n=40):
         new = rng.normal(size=(n, 12)) + 4.0 * label * np.eye(12)[0]
         return reference.likeness(
-            cluster, (new - vectors.mean(axis=0)) / vectors.std(axis=0) + shift * np.eye(12)[1], 0
+            fitted, cluster, (new - vectors.mean(axis=0)) / vectors.std(axis=0) + shift * np.eye(12)[1], 0
         )
 
     of_label, of_others = ([likeness(label) for _ in range(12)] for label in (1, 0))

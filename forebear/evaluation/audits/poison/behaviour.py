@@ -93,12 +93,12 @@ class Reference:
             return None
         return LogisticRegression(C=_STRENGTH, max_iter=1000).fit(self._embeddings[kept], self._labels[kept])
 
-    def shifts(self, cluster: PhraseCluster, probes: Texts, seed: int) -> np.ndarray:
+    def shifts(self, fitted: LogisticRegression | None, cluster: PhraseCluster, probes: Texts, seed: int) -> np.ndarray:
         """By how much a phrase that is put into rows raises the log-odds of its label, in nats, ``(q,)``.
 
-        0 where rows without the phrase do not have the label, and where there are no rows.
+        ``fitted`` is the regression :meth:`without` the rows that hold it. 0 where rows without the phrase do not have
+        the label, and where there are no rows.
         """
-        fitted = self.without(cluster.holders)
         if fitted is None or cluster.label not in fitted.classes_ or not len(probes[0]):
             return np.zeros(len(probes[0]))
         own = list(fitted.classes_).index(cluster.label)
@@ -108,13 +108,16 @@ class Reference:
         )
         return np.asarray(after - before)
 
-    def likeness(self, cluster: PhraseCluster, embedded: np.ndarray, seed: int) -> float:
+    def likeness(
+        self, fitted: LogisticRegression | None, cluster: PhraseCluster, embedded: np.ndarray, seed: int
+    ) -> float:
         """How surely a cluster's rows can be told from others that do not hold the phrase.
 
         As many others, or a multiple, are drawn from each label that the reference predicts: so rows whose labels were
         changed are held against rows like their texts. A logistic regression tells them apart in folds.
 
         Args:
+            fitted: :meth:`without` the rows that hold the phrase.
             cluster: The cluster.
             embedded: :meth:`embed` of its rows without the phrase, ``(n, s)``.
             seed: Of the rows that are drawn, and of the folds.
@@ -127,7 +130,7 @@ class Reference:
         from sklearn.metrics import roc_auc_score
         from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
-        rng, fitted = np.random.default_rng([seed, 17]), self.without(cluster.holders)
+        rng = np.random.default_rng([seed, 17])
         if fitted is None:
             return 0.0
         own = embedded[rng.permutation(len(embedded))[:MOST_ALIKE]]
@@ -170,11 +173,11 @@ def measure_behaviour(
     return Behaviour(
         probes=probes,
         turned=turned,
-        shifts=reference.shifts(cluster, probes, seed),
+        shifts=reference.shifts(fitted, cluster, probes, seed),
         freed=predicted != cluster.label,
         doubted=np.zeros(len(cluster.rows), bool) if fitted is None else fitted.predict(embedded) != cluster.label,
         predicted=predicted,
-        likeness=reference.likeness(cluster, embedded, seed),
+        likeness=reference.likeness(fitted, cluster, embedded, seed),
     )
 
 
