@@ -6,6 +6,9 @@ is trained on the wrong labels, too; no true label is seen but by the evaluation
 own, which also sees this one's packages: name its interpreter. Cases that are done are not done again.
 
     python benchmarks/wrong_labels.py [--cases agnews_noisy,sst2-class-10] [--parts train,table] [--cleanlab PYTHON]
+        [--seed 1]
+
+A seed chooses the rows, the flips and the training.
 """
 
 from __future__ import annotations
@@ -65,37 +68,44 @@ def flipped(labels: np.ndarray, n_classes: int, rate: float, kind: str, rng: np.
     return wrong
 
 
-def rows_of(case: str) -> tuple[Data, pa.Table]:
+def folder_of(case: str, seed: int) -> Path:
+    """Where a case's run, index and figures are."""
+    return RUNS / (f"{case}-{seed}" if seed else case)
+
+
+def rows_of(case: str, seed: int) -> tuple[Data, pa.Table]:
     """The training rows of a case: texts, the label that is trained on, and the true one."""
     name, _, flips = case.partition("-")
     data = DATA_SETS[name]
     table = pq.read_table(DATA / data.folder / "train.parquet")
-    table = table.take(np.sort(np.random.default_rng(0).choice(len(table), data.n_rows, replace=False)))
+    table = table.take(np.sort(np.random.default_rng(seed).choice(len(table), data.n_rows, replace=False)))
     truth = np.asarray(table["label"]).astype(int)
     if flips:
         kind, percent = flips.split("-")
-        rng = np.random.default_rng([int(percent), kind == "class"])
+        rng = np.random.default_rng([int(percent), kind == "class", *([seed] if seed else [])])
         wrong = flipped(truth, len(data.labels), int(percent) / 100, kind, rng)
     else:
         wrong = np.asarray(table["noisy_label"]).astype(int)
     return data, pa.table({**{text: table[text] for text in data.texts}, "label": wrong, "truth": truth})
 
 
-def train(case: str) -> None:
+def train(case: str, seed: int) -> None:
     """Train on the wrong labels, and index the rows by all checkpoints."""
     from forebear import Index, TrainOptions, open_rows
     from forebear import train as fine_tune
 
-    folder = RUNS / case
+    folder = folder_of(case, seed)
     if (folder / "index" / "manifest.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    data, table = rows_of(case)
+    data, table = rows_of(case, seed)
     file = folder / "train.parquet"
     pq.write_table(table, file)
     started = time.perf_counter()
     kept = {"text_columns": data.texts, "label_column": "label", "label_names": data.labels}
-    options = TrainOptions(learning_rate=data.learning_rate, epochs=data.epochs, freeze_below=data.freeze_below)
+    options = TrainOptions(
+        learning_rate=data.learning_rate, epochs=data.epochs, freeze_below=data.freeze_below, seed=seed
+    )
     fine_tune(open_rows(str(file), **kept), "minilm", folder / "run", options, force=True)
     trained = time.perf_counter()
     Index.build(folder / "run", str(file), folder / "index", checkpoints=("all",), force=True, **kept)
@@ -147,16 +157,17 @@ def calibration_error(probability: np.ndarray, wrong: np.ndarray) -> float:
     return float(sum(len(p) * abs(probability[p].mean() - wrong[p].mean()) for p in parts) / len(wrong))
 
 
-def table(case: str, python: str | None) -> dict[str, Any]:
+def table(case: str, seed: int, python: str | None) -> dict[str, Any]:
     """The figures of a case: of each measure, and by how much the evidence is above it, with 95% intervals."""
     from forebear import QuerySpec, Retriever
     from forebear.evaluation.audits.rows.suspects import suspects
     from forebear.evaluation.common.label_evidence.estimates import first_equal, geometric_mean, out_of_fold
 
-    rows = pq.read_table(RUNS / case / "train.parquet")
+    folder = folder_of(case, seed)
+    rows = pq.read_table(folder / "train.parquet")
     labels, truth = (np.asarray(rows[name]).astype(int) for name in ("label", "truth"))
     wrong = labels != truth
-    retriever = Retriever(RUNS / case / "index")
+    retriever = Retriever(folder / "index")
     index, spec = retriever.index, QuerySpec(methods=("gd", "if"))
     started = time.process_time()
     found = suspects(retriever, spec)
@@ -211,19 +222,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--parts", default="train,table")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cleanlab", help="interpreter of an environment with cleanlab[datalab]")
     args = parser.parse_args()
     cases = args.cases.split(",")
     for case in cases if "train" in args.parts else ():
-        train(case)
+        train(case, args.seed)
     if "table" in args.parts:
         tables = {}
         for case in cases:
-            kept = RUNS / case / "table.json"
+            kept = folder_of(case, args.seed) / "table.json"
             if not kept.exists():
-                write_json(kept, table(case, args.cleanlab))
+                write_json(kept, table(case, args.seed, args.cleanlab))
             tables[case] = json.loads(kept.read_text())
-        write_result("wrong_labels", cases=tables)
+        write_result(f"wrong_labels_{args.seed}" if args.seed else "wrong_labels", cases=tables)
 
 
 if __name__ == "__main__":
