@@ -74,7 +74,7 @@ def test_phrases_are_those_of_a_slow_loop(only):
     expected = {phrase: rows for phrase, (rows, p) in slow.items() if min(p) * n_tests <= LEVEL}
     found = find_phrases([TEXTS], LABELS, only=None if only is None else [only])
     assert found.n_tested == n_tests
-    assert {words: found.holders[[i]].indices.tolist() for i, words in enumerate(found.words)} == expected
+    assert {words: found.holders[i].tolist() for i, words in enumerate(found.words)} == expected
     assert tuple(TRIGGER.split()) in expected
 
 

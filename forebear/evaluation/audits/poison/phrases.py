@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import sparse
 from scipy.special import logit
 from scipy.stats import beta, binom
 
@@ -37,13 +36,13 @@ class Phrases:
     Attributes:
         words: Words of each, ``m``.
         columns: Number of the text column that each stands in, ``(m,)``.
-        holders: Which rows hold each, ``(m, n)`` of 0 and 1.
+        holders: Positions of the rows that hold each, ascending.
         n_tested: Pairs of a phrase and a label that were tested, by which p is multiplied.
     """
 
     words: tuple[tuple[str, ...], ...]
     columns: np.ndarray
-    holders: sparse.csr_array
+    holders: tuple[np.ndarray, ...]
     n_tested: int
 
 
@@ -105,17 +104,17 @@ def find_phrases(
             n_tested += int(kept.sum()) * n_labels
             starts = np.searchsorted(numbers, np.arange(len(names) + 1))
             found += [
-                (names[i], column, rows[starts[i] : starts[i + 1]], float(p[i]))
+                (names[i], column, rows[starts[i] : starts[i + 1]].copy(), float(p[i]))
                 for i in np.flatnonzero(kept & (p <= LEVEL))
             ]
     found = [phrase for phrase in found if phrase[3] * n_tested <= LEVEL]
     found.sort(key=lambda phrase: (phrase[3], -len(phrase[0]), phrase[0]))
     found = found[:MOST_PHRASES]
-    starts = np.cumsum([0, *(len(rows) for _, _, rows, _ in found)])
-    flat = np.concatenate([rows for _, _, rows, _ in found]) if found else np.empty(0, np.int64)
-    holders = sparse.csr_array((np.ones(len(flat)), flat, starts), shape=(len(found), len(labels)))
     return Phrases(
-        tuple(words for words, *_ in found), np.array([column for _, column, *_ in found], np.int64), holders, n_tested
+        words=tuple(words for words, *_ in found),
+        columns=np.array([column for _, column, *_ in found], np.int64),
+        holders=tuple(rows for _, _, rows, _ in found),
+        n_tested=n_tested,
     )
 
 
@@ -137,8 +136,7 @@ def clusters_of(phrases: Phrases, labels: np.ndarray, most: int) -> tuple[Phrase
     """
     shares = np.bincount(labels) / len(labels)
     found: list[PhraseCluster] = []
-    for i, words in enumerate(phrases.words):
-        rows = np.sort(phrases.holders[[i]].indices)
+    for i, (words, rows) in enumerate(zip(phrases.words, phrases.holders, strict=True)):
         counts = np.bincount(labels[rows], minlength=len(shares))
         p = tail(counts[None], shares)[0]
         label = int(p.argmin())
