@@ -29,7 +29,7 @@ from common import DATA, run, write_result
 
 from forebear import Retriever, audits
 from forebear.evaluation.audits.poison.behaviour import Reference, Texts, erase
-from forebear.evaluation.audits.poison.phrases import clusters_of, find_phrases
+from forebear.evaluation.audits.poison.phrases import PhraseCluster, clusters_of, find_phrases
 from forebear.evaluation.audits.poison.poison import (
     MOST_CLUSTERS,
     MOST_PROBES,
@@ -155,8 +155,17 @@ class Cached:
         return np.stack([self._found[row] for row in rows])
 
 
-def counted(texts: Texts, names: list[str], encoder: Any, seed: int) -> list[tuple[Any, float, bool]]:
-    """Clusters of the strongest association, what of each is unexplained, and whether it is taken to be planted."""
+class Counted(NamedTuple):
+    """A cluster, what of it is unexplained, its likeness, and whether it is taken to be planted."""
+
+    cluster: PhraseCluster
+    unexplained: float
+    likeness: float
+    taken: bool
+
+
+def counted(texts: Texts, names: list[str], encoder: Any, seed: int) -> list[Counted]:
+    """The clusters of the strongest association, those of which most is unexplained first."""
     classes = sorted(set(names))
     labels = np.array([classes.index(name) for name in names])
     clusters = clusters_of(find_phrases(texts, labels), labels, MOST_CLUSTERS)
@@ -166,9 +175,12 @@ def counted(texts: Texts, names: list[str], encoder: Any, seed: int) -> list[tup
         some = live_sample(others, MOST_PROBES, seed)
         fitted = reference.without(cluster.holders)
         shifts = reference.shifts(fitted, cluster, [[column[i] for i in some] for column in texts], seed)
-        likeness = reference.likeness(fitted, cluster, reference.embed(erase(texts, cluster)), seed)
-        found.append((cluster, unexplained(cluster, shifts), is_planted(cluster, shifts, likeness)))
-    return sorted(found, key=lambda one: -one[1])
+        embedded = reference.embed(erase(texts, cluster))
+        doubted = embedded[:0] if fitted is None else fitted.predict(embedded)
+        likeness = reference.likeness(cluster, embedded, doubted[doubted != cluster.label], seed)
+        value = unexplained(cluster, shifts)
+        found.append(Counted(cluster, value, likeness, is_planted(cluster, shifts, likeness)))
+    return sorted(found, key=lambda one: -one.unexplained)
 
 
 def score(listed: np.ndarray, planted: np.ndarray) -> dict[str, float]:
@@ -177,22 +189,32 @@ def score(listed: np.ndarray, planted: np.ndarray) -> dict[str, float]:
     return {"recall": round(hits / max(1, int(planted.sum())), 3), "precision": round(hits / max(1, len(listed)), 3)}
 
 
-def measure_planted(seed: int, data: list[str], rates: list[float]) -> dict[str, Any]:
-    """Recall and precision for every attack."""
+def measure_planted(seed: int, data: list[str], attacks: list[str], rates: list[float]) -> dict[str, Any]:
+    """Recall and precision for each attack."""
     encoder, results = Cached(load_sentence_encoder("minilm")), {}
     for name in data:
-        for attack in ATTACKS[name]:
+        for attack in attacks:
             for labels in ("dirty", "clean"):
                 for rate in rates:
                     rows, planted = attacked(name, attack, labels, rate, seed)
                     found = counted([rows.texts], rows.labels, encoder, seed)
-                    parts = [cluster.rows for cluster, _, taken in found if taken]
+                    parts = [one.cluster.rows for one in found if one.taken]
                     listed = np.unique(np.concatenate(parts)) if parts else np.empty(0, np.int64)
-                    natural = [value for cluster, value, _ in found if planted[cluster.rows].mean() < 0.5]
+                    of_attack = [one for one in found if planted[one.cluster.rows].mean() >= 0.5]
+                    natural = [one for one in found if planted[one.cluster.rows].mean() < 0.5]
+                    sure = [
+                        one.likeness
+                        for one in natural
+                        if is_planted(one.cluster, np.array([one.cluster.association - one.unexplained]), 0)
+                    ]
                     line = score(listed, planted) | {
-                        "phrases": [cluster.phrase for cluster, _, taken in found if taken],
-                        "unexplained": [round(v, 2) for c, v, _ in found if planted[c.rows].mean() >= 0.5],
-                        "largest unexplained of a natural phrase": round(max(natural, default=0.0), 2),
+                        "phrases": [one.cluster.phrase for one in found if one.taken],
+                        "unexplained": [round(one.unexplained, 2) for one in of_attack],
+                        "likeness": [round(one.likeness, 1) for one in of_attack],
+                        "natural phrases, largest unexplained": round(
+                            max((one.unexplained for one in natural), default=0.0), 2
+                        ),
+                        "natural phrases that only likeness clears": sorted(round(value, 1) for value in sure),
                     }
                     results[f"{name} {attack} {labels} {rate:g}%"] = line
                     print(f"{name} {attack} {labels} {rate:g}%", line, flush=True)
@@ -203,6 +225,14 @@ CLEAN = {
     "sst2": ("sst2", ("text",)), "sst2_glue": ("sst2_glue", ("text",)), "agnews": ("agnews", ("text",)),
     "agnews_noisy": ("agnews_noisy", ("text",)), "mnli10k": ("mnli10k", ("premise", "hypothesis")),
 }  # fmt: skip
+
+
+def described(one: Counted) -> dict[str, Any]:
+    """A cluster in figures."""
+    return {
+        "phrase": one.cluster.phrase, "rows": len(one.cluster.rows), "of": len(one.cluster.holders),
+        "unexplained": round(one.unexplained, 2), "likeness": round(one.likeness, 1),
+    }  # fmt: skip
 
 
 def measure_clean(only: list[str]) -> dict[str, Any]:
@@ -216,15 +246,9 @@ def measure_clean(only: list[str]) -> dict[str, Any]:
         found = counted(texts, [str(label) for label in table["label"].to_pylist()], encoder, 0)
         results[name] = {
             "rows": len(table),
-            "taken for planted": [
-                {"phrase": c.phrase, "rows": len(c.rows), "of": len(c.holders), "unexplained": round(value, 2)}
-                for c, value, taken in found if taken
-            ],
-            "strongest others": [
-                {"phrase": c.phrase, "rows": len(c.rows), "of": len(c.holders), "unexplained": round(value, 2)}
-                for c, value, taken in found if not taken
-            ][:5],
-        }  # fmt: skip
+            "taken for planted": [described(one) for one in found if one.taken],
+            "strongest others": [described(one) for one in found if not one.taken][:5],
+        }
         print(name, results[name], flush=True)
     return results
 
@@ -303,6 +327,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("planted", "clean", "behaviour"))
     parser.add_argument("work", type=Path, nargs="?")
     parser.add_argument("--data", default="sst2,agnews")
+    parser.add_argument("--attacks", default="word,phrase,style")
     parser.add_argument("--rates", default="1,2,5")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attack", default="word")
@@ -312,7 +337,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     if given.what == "planted":
         rates = [float(rate) for rate in given.rates.split(",")]
-        found = measure_planted(given.seed, given.data.split(","), rates)
+        found = measure_planted(given.seed, given.data.split(","), given.attacks.split(","), rates)
         write_result(f"poison_planted_{given.data}_{given.seed}".replace(",", "_"), **found)
     elif given.what == "clean":
         names = list(CLEAN) if given.data == "sst2,agnews" else given.data.split(",")

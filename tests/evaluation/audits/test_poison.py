@@ -195,29 +195,27 @@ class GivenEncoder:
 
 
 def test_likeness_tells_rows_of_one_subject_from_others_and_no_changed_labels():
-    """Rows of two labels lie apart along the first axis; those of a subject along the second, in noise."""
+    """Rows of three labels lie apart along one axis each; those of a subject along the fourth, in noise."""
     rng = np.random.default_rng(0)
-    labels = np.arange(1000) % 2
-    vectors = rng.normal(size=(1000, 12)) + 4.0 * np.outer(labels, np.eye(12)[0])
-    reference = Reference(GivenEncoder(vectors), [list(map(str, range(1000)))], labels, 0)
-    cluster = SimpleNamespace(label=1, holders=np.arange(1, 80, 2))
-    fitted = reference.without(cluster.holders)
+    labels = np.arange(1500) % 3
+    centres = 4.0 * np.eye(12)
+    vectors = rng.normal(size=(1500, 12)) + centres[labels]
+    reference = Reference(GivenEncoder(vectors), [list(map(str, range(1500)))], labels, 0)
+    cluster = SimpleNamespace(label=1, holders=np.arange(1, 120, 3))
 
-    def likeness(label, shift=0.0, n=40):
-        new = rng.normal(size=(n, 12)) + 4.0 * label * np.eye(12)[0]
-        return reference.likeness(
-            fitted, cluster, (new - vectors.mean(axis=0)) / vectors.std(axis=0) + shift * np.eye(12)[1], 0
-        )
+    def likeness(kinds, shift=0.0):
+        new = rng.normal(size=(len(kinds), 12)) + centres[kinds] + shift * np.eye(12)[3]
+        return reference.likeness(cluster, (new - vectors.mean(axis=0)) / vectors.std(axis=0), kinds[kinds != 1], 0)
 
-    of_label, of_others = ([likeness(label) for _ in range(12)] for label in (1, 0))
-    for chance in (of_label, of_others):
-        assert np.abs(chance).max() < 3.5
-        assert abs(np.mean(chance)) < 1
-    alike = likeness(1, 2.0)
-    scale = np.sqrt((40 + 400 + 1) / (12 * 40 * 400))
-    area = stats.norm.cdf(2 / np.sqrt(2))  # of the second axis alone, by which nothing could tell them better
+    for kinds in (np.full(40, 1), np.arange(40) % 2 * 2, np.full(40, 2), np.arange(40) % 3):  # what an attacker takes
+        chance = [likeness(kinds) for _ in range(12)]
+        assert max(chance) < 3.5
+        assert abs(np.mean(chance)) < 1.2
+    alike = likeness(np.full(40, 1), 2.0)
+    scale = np.sqrt((40 + 200 + 1) / (12 * 40 * 200))
+    area = stats.norm.cdf(2 / np.sqrt(2))  # of the fourth axis alone, by which nothing could tell them better
     assert 0.8 * (area - 0.5) / scale < alike < 1.1 * (area - 0.5) / scale
-    assert likeness(1, 2.0, n=4) == 0
+    assert likeness(np.full(4, 1), 2.0) == 0
 
 
 def test_a_reference_of_few_rows_says_what_one_of_all_would(monkeypatch):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Texts = Sequence[Sequence[str]]
 REFERENCE_ROWS = 5000  # that the reference is fitted to, at most
 MOST_ALIKE = 200  # rows whose likeness is measured, at most
-MOST_TIMES = 10  # as many other rows beside them
+MOST_TIMES = 5  # as many other rows beside them
 FOLDS = 5
 _STRENGTH = 0.01  # inverse weight of half the squared norm, of standardised embeddings
 _LEAST = 1e-4  # probability that log-odds are taken of
@@ -108,48 +108,51 @@ class Reference:
         )
         return np.asarray(after - before)
 
-    def likeness(
-        self, fitted: LogisticRegression | None, cluster: PhraseCluster, embedded: np.ndarray, seed: int
-    ) -> float:
-        """How surely a cluster's rows can be told from others that do not hold the phrase.
+    def likeness(self, cluster: PhraseCluster, embedded: np.ndarray, doubted: np.ndarray, seed: int) -> float:
+        """How surely a cluster's rows can be told from rows that do not hold the phrase.
 
-        As many others, or a multiple, are drawn from each label that the reference predicts: so rows whose labels were
-        changed are held against rows like their texts. A logistic regression tells them apart in folds.
+        They are held against rows of the cluster's label, of the other labels, of the label that the reference gives
+        most of the doubted ones, and of any label: a phrase may have been put into rows of each of these kinds. A
+        logistic regression tells them apart in folds.
 
         Args:
-            fitted: :meth:`without` the rows that hold the phrase.
             cluster: The cluster.
             embedded: :meth:`embed` of its rows without the phrase, ``(n, s)``.
+            doubted: Labels that the reference gives those of them for which it is not the cluster's.
             seed: Of the rows that are drawn, and of the folds.
 
         Returns:
             The area under the ROC curve, less 1/2, in units of its standard deviation where nothing tells the rows
-            apart (Mann and Whitney's); 0 where there are too few rows.
+            apart (Mann and Whitney's): the least of those of all kinds; 0 where there are too few rows.
         """
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.metrics import roc_auc_score
-        from sklearn.model_selection import StratifiedKFold, cross_val_predict
-
+        others = ~np.isin(self.rows, cluster.holders)
+        kinds = [self._labels == cluster.label, self._labels != cluster.label, np.ones(len(others), bool)]
+        if len(doubted):
+            kinds.append(self._labels == np.bincount(doubted).argmax())
         rng = np.random.default_rng([seed, 17])
-        if fitted is None:
-            return 0.0
         own = embedded[rng.permutation(len(embedded))[:MOST_ALIKE]]
-        others = self._embeddings[~np.isin(self.rows, cluster.holders)]
-        of_own, of_others = fitted.predict(own), fitted.predict(others)
-        counts = {label: (int((of_own == label).sum()), np.flatnonzero(of_others == label)) for label in set(of_own)}
-        times = min([MOST_TIMES, *(len(places) // n for n, places in counts.values())])
-        drawn = [rng.permutation(places)[: times * n] for n, places in counts.values()]
-        beside = others[np.concatenate(drawn)]
-        n, m = len(own), len(beside)
-        if min(n, m) < FOLDS:
-            return 0.0
-        is_own = np.repeat([True, False], [n, m])
-        scores = cross_val_predict(
-            LogisticRegression(C=_STRENGTH, class_weight="balanced", max_iter=1000),
-            np.concatenate([own, beside]), is_own, method="decision_function",
-            cv=StratifiedKFold(FOLDS, shuffle=True, random_state=seed),
-        )  # fmt: skip
-        return float((roc_auc_score(is_own, scores) - 0.5) / np.sqrt((n + m + 1) / (12 * n * m)))
+        found = []
+        for kind in kinds:
+            beside = self._embeddings[rng.permutation(np.flatnonzero(kind & others))[: MOST_TIMES * len(own)]]
+            if min(len(own), len(beside)) >= FOLDS:
+                found.append(told_apart(own, beside, seed))
+        return min(found, default=0.0)
+
+
+def told_apart(own: np.ndarray, beside: np.ndarray, seed: int) -> float:
+    """The area under the ROC curve in units of its standard deviation; see :meth:`Reference.likeness`."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+    n, m = len(own), len(beside)
+    is_own = np.repeat([True, False], [n, m])
+    scores = cross_val_predict(
+        LogisticRegression(C=_STRENGTH, class_weight="balanced", max_iter=1000),
+        np.concatenate([own, beside]), is_own, method="decision_function",
+        cv=StratifiedKFold(FOLDS, shuffle=True, random_state=seed),
+    )  # fmt: skip
+    return float((roc_auc_score(is_own, scores) - 0.5) / np.sqrt((n + m + 1) / (12 * n * m)))
 
 
 def measure_behaviour(
@@ -170,14 +173,16 @@ def measure_behaviour(
     turned, fitted, embedded = np.empty(0, bool), reference.without(cluster.holders), reference.embed(erased)
     if len(probes[0]):
         turned = run_forward(classifier, with_phrase(probes, cluster, seed)).predictions == cluster.label
+    by_reference = np.full(len(cluster.rows), cluster.label) if fitted is None else fitted.predict(embedded)
+    doubted = by_reference != cluster.label
     return Behaviour(
         probes=probes,
         turned=turned,
         shifts=reference.shifts(fitted, cluster, probes, seed),
         freed=predicted != cluster.label,
-        doubted=np.zeros(len(cluster.rows), bool) if fitted is None else fitted.predict(embedded) != cluster.label,
+        doubted=doubted,
         predicted=predicted,
-        likeness=reference.likeness(fitted, cluster, embedded, seed),
+        likeness=reference.likeness(cluster, embedded, by_reference[doubted], seed),
     )
 
 
