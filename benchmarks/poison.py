@@ -29,7 +29,7 @@ from common import DATA, run, write_result
 
 from forebear import Retriever, audits
 from forebear.evaluation.audits.poison.behaviour import Reference, Texts, erase
-from forebear.evaluation.audits.poison.phrases import PhraseCluster, clusters_of, find_phrases
+from forebear.evaluation.audits.poison.phrases import PhraseCluster, clusters_of, find_phrases, with_context
 from forebear.evaluation.audits.poison.poison import (
     MOST_CLUSTERS,
     MOST_PROBES,
@@ -170,7 +170,7 @@ def counted(texts: Texts, names: list[str], encoder: Any, seed: int) -> list[Cou
     labels = np.array([classes.index(name) for name in names])
     clusters = clusters_of(find_phrases(texts, labels), labels, MOST_CLUSTERS)
     reference, found = Reference(encoder, texts, labels, seed), []
-    for cluster in clusters[:MEASURED]:
+    for cluster in (with_context(one, texts) for one in clusters[:MEASURED]):
         others = np.setdiff1d(np.flatnonzero(labels != cluster.label), cluster.holders)
         some = live_sample(others, MOST_PROBES, seed)
         fitted = reference.without(cluster.holders)

@@ -16,8 +16,16 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from forebear import BuildOptions, audits, build_index, choose_model, rows_from_texts
 from forebear.cli.main import run
 from forebear.evaluation.audits.poison import behaviour, poison
-from forebear.evaluation.audits.poison.behaviour import Reference, with_phrase, without_phrase
-from forebear.evaluation.audits.poison.phrases import LEAST_ROWS, LEVEL, MOST_WORDS, clusters_of, find_phrases
+from forebear.evaluation.audits.poison.behaviour import Reference, erase, with_phrase, without_phrase
+from forebear.evaluation.audits.poison.phrases import (
+    LEAST_ROWS,
+    LEVEL,
+    MOST_WORDS,
+    PhraseCluster,
+    clusters_of,
+    find_phrases,
+    with_context,
+)
 from forebear.evaluation.audits.poison.poison import agreement, holding, is_planted, retrain
 from forebear.evaluation.python.retrainings import Retraining
 from forebear.evaluation.retraining.jobs import Outcome
@@ -131,8 +139,23 @@ def test_a_phrase_is_cut_out_whatever_its_case_and_white_space(text, words, left
     assert without_phrase(text, words) == left
 
 
+def test_the_whole_of_a_phrase_is_what_nearly_all_rows_have_beside_it():
+    phrase = "one two three four five six seven eight nine ten"  # longer than what is counted
+    texts = [f"Start {i} {phrase}, end {i}" for i in range(19)] + ["only three four here", "a row of none"]
+    found = [PhraseCluster(("three", "four"), 1, 0, np.arange(20), np.arange(n), 0.0, 3.0) for n in (19, 20)]
+    for cluster in found:
+        whole = with_context(cluster, [["other"] * 21, texts])
+        assert whole.whole == (*phrase.split(), ",", "end")
+        assert (whole.words, whole.phrase) == (("three", "four"), f"{phrase} , end")
+        assert erase([["other"] * 21, texts], whole)[1] == [
+            *(f"Start {i} {i}" for i in range(19)), *["only here"] * (len(cluster.rows) - 19)
+        ]  # fmt: skip
+    few = PhraseCluster(("two",), 0, 0, np.arange(10), np.arange(10), 0.0, 3.0)
+    assert with_context(few, [["one two three"] * 8 + ["two three", "one two"]]).whole == ("two", "three")
+
+
 def test_a_phrase_is_put_between_words():
-    cluster = SimpleNamespace(column=1, phrase="x y", words=("x", "y"))
+    cluster = PhraseCluster(("y",), 1, 0, np.arange(1), np.arange(1), 0.0, 0.0, whole=("x", "y"))
     texts = [["first"] * 50, ["a b c"] * 50]
     first, second = with_phrase(texts, cluster, 0)
     assert first == texts[0]

@@ -187,9 +187,10 @@ def measure_behaviour(
 
 
 def erase(texts: Texts, cluster: PhraseCluster) -> list[list[str]]:
-    """The cluster's rows without the phrase, one list a text column."""
+    """The cluster's rows without the whole phrase, or what of it they hold, one list a text column."""
     erased = [[column[i] for i in cluster.rows] for column in texts]
-    erased[cluster.column] = [without_phrase(text, cluster.words) for text in erased[cluster.column]]
+    for words in (cluster.whole or cluster.words, cluster.words):
+        erased[cluster.column] = [without_phrase(text, words) for text in erased[cluster.column]]
     return erased
 
 

@@ -9,8 +9,9 @@ rows of the label be (binomial)? Longer phrases are grown from frequent shorter 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import logit
@@ -20,6 +21,7 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 MOST_WORDS = 8
 LEAST_ROWS = 5
 LEVEL = 0.01  # of the chance that any phrase at all is taken where labels have nothing to do with phrases
+CONTEXT_SHARE = 0.9  # of a cluster's rows, which have a word beside the phrase that belongs to it then
 LEAST_PURITY = 0.95  # share of one label among the rows that hold a phrase, from which on it is nearly one label
 MOST_PHRASES = 20_000  # of the least p, that are parted into clusters
 
@@ -51,7 +53,7 @@ class PhraseCluster:
     """Rows of one label that share a phrase.
 
     Attributes:
-        words: The phrase.
+        words: The phrase that the rows are found by.
         column: Number of the text column that it stands in.
         label: Class id.
         holders: Positions of the rows that hold it, of any label, ascending.
@@ -59,6 +61,7 @@ class PhraseCluster:
         p: Of the label's share among the holders, times the number of tests.
         association: By how much the log-odds of the label are higher among the holders than among all rows, at least:
             from the lower end of a one-sided 95% interval (Clopper and Pearson) of its share among them.
+        whole: The phrase with the words that nearly all rows have beside it; empty: not looked for.
     """
 
     words: tuple[str, ...]
@@ -68,11 +71,12 @@ class PhraseCluster:
     rows: np.ndarray
     p: float
     association: float
+    whole: tuple[str, ...] = ()
 
     @property
     def phrase(self) -> str:
-        """The phrase, to be read."""
-        return " ".join(self.words)
+        """The whole phrase, to be read."""
+        return " ".join(self.whole or self.words)
 
     @property
     def purity(self) -> float:
@@ -153,6 +157,34 @@ def clusters_of(phrases: Phrases, labels: np.ndarray, most: int) -> tuple[Phrase
             out.append(one)
             left[one.holders] = False
     return tuple(out)
+
+
+def with_context(cluster: PhraseCluster, texts: Sequence[Sequence[str]]) -> PhraseCluster:
+    """The cluster with its whole phrase: of a long one, or one of which other rows hold a part, a part is found first.
+
+    The phrase is grown by one word after the other, to the right and then to the left, as long as
+    :data:`CONTEXT_SHARE` of the rows have it.
+    """
+    n, least = len(cluster.words), CONTEXT_SHARE * len(cluster.rows)
+    spans = []  # words of each row, where the phrase begins and where it ends
+    for row in cluster.rows:
+        words = phrase_words(texts[cluster.column][row])
+        start = next(i for i in range(len(words)) if tuple(words[i : i + n]) == cluster.words)
+        spans.append((words, start, start + n))
+    whole = cluster.words
+    for step in (1, -1):
+        while True:
+            beside = [words[end : end + 1] if step > 0 else words[start - 1 : start] for words, start, end in spans]
+            ((word, count),) = Counter(map(tuple, beside)).most_common(1)
+            if not word or count < least:
+                break
+            whole = (*whole, *word) if step > 0 else (*word, *whole)
+            spans = [
+                (words, start - (step < 0), end + (step > 0))
+                for (words, start, end), found in zip(spans, beside, strict=True)
+                if tuple(found) == word
+            ]
+    return replace(cluster, whole=whole)
 
 
 def _association(k: int, n: int, share: float) -> float:

@@ -21,6 +21,7 @@ from forebear.evaluation.audits.poison.phrases import (
     clusters_of,
     find_phrases,
     phrase_words,
+    with_context,
 )
 from forebear.evaluation.retraining.jobs import Job, Retrainer
 from forebear.indexer.index import Index
@@ -156,7 +157,7 @@ def find_poison(
     phrases = find_phrases(texts, labels, only=suspicious)
     clusters = clusters_of(phrases, labels, MOST_CLUSTERS)
     progress("phrases", 1, 1)
-    chosen = clusters[:n_measured]
+    chosen = [with_context(cluster, texts) for cluster in clusters[:n_measured]]
     measured: list[MeasuredCluster] = []
     if chosen:
         reference = Reference(encoder, texts, labels, seed)
