@@ -246,6 +246,32 @@ def test_the_order_stays_where_no_label_seems_wrong(n_yes):
         assert np.argsort(-found.suspicion).tolist() == np.argsort(sure).tolist()
 
 
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_checkpoint_counts_once_its_own_head_is_trained(is_trained):
+    """Two checkpoints of equal features: the first one's head knows nothing, or as much as heads refitted on them."""
+    rng = np.random.default_rng(12)
+    labels = np.arange(80) % 2
+    features = rng.normal(size=(80, 3)) + 1.5 * labels[:, None]
+    known = 0.5 * rng.normal(size=80) + (2 * labels - 1)
+    logits = [
+        np.stack([-x, x], axis=1) for x in (known if is_trained else rng.normal(size=80), known + rng.normal(size=80))
+    ]
+    first, last = (stored(features, labels, one) for one in logits)
+    both = stored(features, labels, logits[1])
+    both.manifest.checkpoints = (None, None)
+    both.residuals = lambda number: (first, last)[number].residuals()
+    near, cosines = ring(80, 5)
+    refitted = estimates.out_of_fold(Rows(features), np.arange(80), labels, 2)
+    voted = estimates.votes(labels[near], refitted[near, labels[near]], cosines, 2)
+    written = written_labels(refitted, labels)[0]
+    counted = logits if is_trained else logits[1:]
+    trained = np.mean([torch.from_numpy(one).log_softmax(1).numpy() for one in counted], axis=0)
+    joint = trained / 2 + np.log(refitted) / 4 + np.log(voted) / 4 + np.log(written[:, labels].T)
+    expected = joint[np.arange(80), 1 - labels] - joint[np.arange(80), labels]
+    found = label_evidence(both, np.arange(80), near, cosines)
+    np.testing.assert_allclose(found.suspicion, expected, atol=1e-4)
+
+
 def test_checkpoint_probabilities_are_the_softmax_whatever_the_loss():
     rng = np.random.default_rng(9)
     logits, labels = rng.normal(size=(8, 2)) * 2, np.arange(8) % 2

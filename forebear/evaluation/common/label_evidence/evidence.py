@@ -1,7 +1,9 @@
 """What the estimates say together: a chance that each label is wrong, and another label in its place.
 
-The estimates by checkpoints, by refitted heads and by the nearest rows are multiplied (their geometric mean), and by
-Bayes' rule with how often each label is written for each other they give the chance that another label is the true one.
+The model's estimate (the geometric mean of its checkpoints') and that of its features (of refitted heads and of the
+nearest rows) are multiplied (their geometric mean), and by Bayes' rule with how often each label is written for each
+other they give the chance that another label is the true one. Checkpoints are left out that are so early that the
+model's own head knows less than heads that are refitted on its features.
 Its logit orders the rows. How often labels are written for each other is counted where the refitted heads are
 confident, as confident learning does (Northcutt et al. 2021). Rows of equal texts neither vote for each other nor fit
 the heads that judge them; but the encoder, whose features all of this reads, was trained on every label. Where heads
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -30,6 +33,7 @@ from forebear.indexer.index import Index
 VOTERS = 30  # nearest rows that vote for a label
 LEAST_CHANCE = 1e-12
 ROUNDING = 1e-12
+TRAINED_SHARE = 0.9  # of what refitted heads know, that a model's own head knows once it is trained
 MEAN_PROBABILITY, MARGIN, OUT_OF_FOLD, VOTES = "mean probability", "margin", "out-of-fold", "votes"
 EVIDENCE = "evidence"
 
@@ -70,13 +74,18 @@ def label_evidence(index: Index, rows: np.ndarray, neighbours: np.ndarray, cosin
     labels, c = index.labels[rows], len(index.manifest.spec.label_names)
     last = len(index.manifest.checkpoints) - 1
     models = [checkpoint_probabilities(index, rows, number) for number in range(last + 1)]
-    equal = first_equal(index, rows)
-    trained = refitted = geometric_mean(models)
+    equal, first = first_equal(index, rows), 0
     has_refits = can_refit(len(rows), index.features(last).width, c)
     if has_refits:
-        numbers = sorted({0, last})
-        refits = [out_of_fold(index.features(number), rows, labels, c, equal=equal) for number in numbers]
-        refitted = geometric_mean(refits)
+        refit = partial(out_of_fold, rows=rows, labels=labels, n_classes=c, equal=equal)
+        refits = [refit(index.features(first))]
+        while first < last and knowledge(models[first], labels) < TRAINED_SHARE * knowledge(refits[0], labels):
+            first += 1
+            refits = [refit(index.features(first))]
+        if first < last:
+            refits.append(refit(index.features(last)))
+    trained = geometric_mean(models[first:])
+    refitted = geometric_mean(refits) if has_refits else trained
     at = np.searchsorted(rows, neighbours)
     trust = np.where(equal[at] == equal[:, None], 0.0, own_probability(refitted, labels)[at])
     voted = votes(labels[at], trust, cosines, c)
@@ -87,7 +96,8 @@ def label_evidence(index: Index, rows: np.ndarray, neighbours: np.ndarray, cosin
         VOTES: 1 - own_probability(voted, labels),
     }
     written, share = written_labels(refitted, labels)
-    chances = chances_of(geometric_mean([trained, *([refitted] if has_refits else []), voted]), labels, written)
+    by_features = geometric_mean([refitted, voted]) if has_refits else voted
+    chances = chances_of(geometric_mean([trained, by_features]), labels, written)
     others = chances.copy()
     others[np.arange(len(rows)), labels] = 0
     suspicion = np.log(np.maximum(others.sum(axis=1), LEAST_CHANCE)) - np.log(own_probability(chances, labels))
@@ -99,6 +109,12 @@ def label_evidence(index: Index, rows: np.ndarray, neighbours: np.ndarray, cosin
         suspicion=suspicion,
         estimated=with_mean(suspicion, share),
     )
+
+
+def knowledge(estimate: np.ndarray, labels: np.ndarray) -> float:
+    """Share of rows whose likeliest label is their own, above that of the largest label, at least 0."""
+    largest = np.bincount(labels).max() / len(labels)
+    return max(0.0, float((estimate.argmax(axis=1) == labels).mean() - largest))
 
 
 def written_labels(estimate: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
