@@ -28,13 +28,12 @@ import pyarrow.parquet as pq
 from common import DATA, run, write_result
 
 from forebear import Retriever, audits
-from forebear.evaluation.audits.poison.behaviour import Reference, Texts, erase
+from forebear.evaluation.audits.poison.behaviour import Reference, Texts, erase, is_sure, unexplained
 from forebear.evaluation.audits.poison.phrases import PhraseCluster, clusters_of, find_phrases, with_context
 from forebear.evaluation.audits.poison.poison import (
     MOST_CLUSTERS,
     MOST_PROBES,
     is_planted,
-    unexplained,
 )
 from forebear.evaluation.python.retrainings import Retraining
 from forebear.indexer.model.forward import run_forward
@@ -156,7 +155,7 @@ class Cached:
 
 
 class Counted(NamedTuple):
-    """A cluster, what of it is unexplained, its likeness, and whether it is taken to be planted."""
+    """A cluster, what of it is unexplained, its likeness (NaN: not asked), and whether it is taken to be planted."""
 
     cluster: PhraseCluster
     unexplained: float
@@ -175,9 +174,11 @@ def counted(texts: Texts, names: list[str], encoder: Any, seed: int) -> list[Cou
         some = live_sample(others, MOST_PROBES, seed)
         fitted = reference.without(cluster.holders)
         shifts = reference.shifts(fitted, cluster, [[column[i] for i in some] for column in texts], seed)
-        embedded = reference.embed(erase(texts, cluster))
-        doubted = embedded[:0] if fitted is None else fitted.predict(embedded)
-        likeness = reference.likeness(cluster, embedded, doubted[doubted != cluster.label], seed)
+        likeness = float("nan")
+        if fitted is not None and is_sure(cluster, shifts):
+            embedded = reference.embed(erase(texts, cluster))
+            by_reference = fitted.predict(embedded)
+            likeness = reference.likeness(cluster, embedded, by_reference[by_reference != cluster.label], seed)
         value = unexplained(cluster, shifts)
         found.append(Counted(cluster, value, likeness, is_planted(cluster, shifts, likeness)))
     return sorted(found, key=lambda one: -one.unexplained)
@@ -202,15 +203,11 @@ def measure_planted(seed: int, data: list[str], attacks: list[str], rates: list[
                     listed = np.unique(np.concatenate(parts)) if parts else np.empty(0, np.int64)
                     of_attack = [one for one in found if planted[one.cluster.rows].mean() >= 0.5]
                     natural = [one for one in found if planted[one.cluster.rows].mean() < 0.5]
-                    sure = [
-                        one.likeness
-                        for one in natural
-                        if is_planted(one.cluster, np.array([one.cluster.association - one.unexplained]), 0)
-                    ]
+                    sure = [one.likeness for one in natural if not np.isnan(one.likeness) and not one.taken]
                     line = score(listed, planted) | {
                         "phrases": [one.cluster.phrase for one in found if one.taken],
                         "unexplained": [round(one.unexplained, 2) for one in of_attack],
-                        "likeness": [round(one.likeness, 1) for one in of_attack],
+                        "likeness": [rounded(one.likeness) for one in of_attack],
                         "natural phrases, largest unexplained": round(
                             max((one.unexplained for one in natural), default=0.0), 2
                         ),
@@ -227,11 +224,16 @@ CLEAN = {
 }  # fmt: skip
 
 
+def rounded(value: float) -> float | None:
+    """A figure with one decimal, None for NaN."""
+    return None if np.isnan(value) else round(value, 1)
+
+
 def described(one: Counted) -> dict[str, Any]:
     """A cluster in figures."""
     return {
         "phrase": one.cluster.phrase, "rows": len(one.cluster.rows), "of": len(one.cluster.holders),
-        "unexplained": round(one.unexplained, 2), "likeness": round(one.likeness, 1),
+        "unexplained": round(one.unexplained, 2), "likeness": rounded(one.likeness),
     }  # fmt: skip
 
 

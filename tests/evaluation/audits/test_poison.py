@@ -199,7 +199,7 @@ def test_the_reference_is_a_regression_without_the_rows_of_the_phrase():
         (0.94, 3.0, 0.2, 0.0, False),  # other labels have the phrase, too
         (1.0, 3.0, 1.1, 0.0, False),  # its meaning explains more than a third
         (1.0, 1.4, 0.0, 0.0, False),  # too few rows to tell
-        (1.0, 3.0, 0.2, 2.6, False),  # its rows have a subject in common
+        (1.0, 3.0, 0.2, 3.1, False), (1.0, 1.4, 0.0, np.nan, False),  # its rows have a subject in common
     ],
 )  # fmt: skip
 def test_a_phrase_is_planted_where_its_label_is_sure_and_not_explained(purity, association, shift, likeness, planted):
@@ -232,7 +232,7 @@ def test_likeness_tells_rows_of_one_subject_from_others_and_no_changed_labels():
 
     for kinds in (np.full(40, 1), np.arange(40) % 2 * 2, np.full(40, 2), np.arange(40) % 3):  # what an attacker takes
         chance = [likeness(kinds) for _ in range(12)]
-        assert max(chance) < 3.5
+        assert max(chance) < 3
         assert abs(np.mean(chance)) < 1.2
     alike = likeness(np.full(40, 1), 2.0)
     scale = np.sqrt((40 + 200 + 1) / (12 * 40 * 200))

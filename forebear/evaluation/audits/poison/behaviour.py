@@ -13,12 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from scipy.special import logit
 
-from forebear.evaluation.audits.poison.phrases import PhraseCluster
+from forebear.evaluation.audits.poison.phrases import LEAST_PURITY, PhraseCluster
 from forebear.indexer.model.classifier import Classifier
 from forebear.indexer.model.forward import run_forward
 from forebear.indexer.model.sentence_encoder import SentenceEncoder
@@ -32,6 +32,9 @@ REFERENCE_ROWS = 5000  # that the reference is fitted to, at most
 MOST_ALIKE = 200  # rows whose likeness is measured, at most
 MOST_TIMES = 5  # as many other rows beside them
 FOLDS = 5
+DRAWS = 5  # of these other rows, and of folds
+LEAST_UNEXPLAINED: Final = 1.5  # nats
+LEAST_PART: Final = 2 / 3  # of the association that is unexplained
 _STRENGTH = 0.01  # inverse weight of half the squared norm, of standardised embeddings
 _LEAST = 1e-4  # probability that log-odds are taken of
 
@@ -48,7 +51,8 @@ class Behaviour:
         freed: Of the cluster's rows: whether the model predicts another label when the phrase is taken out, ``(n,)``.
         doubted: Whether the reference predicts another label for them, without the phrase, ``(n,)``.
         predicted: Class id that the model predicts for them without the phrase, ``(n,)``.
-        likeness: How surely the rows, without the phrase, can be told from others; see :meth:`Reference.likeness`.
+        likeness: How surely the rows, without the phrase, can be told from others; see :meth:`Reference.likeness`. NaN
+            where it was not asked: the phrase is not sure enough to be planted.
     """
 
     probes: Texts
@@ -123,7 +127,8 @@ class Reference:
 
         Returns:
             The area under the ROC curve, less 1/2, in units of its standard deviation where nothing tells the rows
-            apart (Mann and Whitney's): the least of those of all kinds; 0 where there are too few rows.
+            apart (Mann and Whitney's), in the mean over :data:`DRAWS` draws: the least of those of all kinds; 0 where
+            there are too few rows.
         """
         others = ~np.isin(self.rows, cluster.holders)
         kinds = [self._labels == cluster.label, self._labels != cluster.label, np.ones(len(others), bool)]
@@ -133,10 +138,23 @@ class Reference:
         own = embedded[rng.permutation(len(embedded))[:MOST_ALIKE]]
         found = []
         for kind in kinds:
-            beside = self._embeddings[rng.permutation(np.flatnonzero(kind & others))[: MOST_TIMES * len(own)]]
-            if min(len(own), len(beside)) >= FOLDS:
-                found.append(told_apart(own, beside, seed))
+            places = np.flatnonzero(kind & others)
+            if min(len(own), len(places)) >= FOLDS:
+                drawn = [rng.permutation(places)[: MOST_TIMES * len(own)] for _ in range(DRAWS)]
+                apart = [told_apart(own, self._embeddings[some], seed + draw) for draw, some in enumerate(drawn)]
+                found.append(float(np.mean(apart)))
         return min(found, default=0.0)
+
+
+def unexplained(cluster: PhraseCluster, shifts: np.ndarray) -> float:
+    """The association of phrase and label, in nats, less the mean of what the reference says of the phrase."""
+    return cluster.association - (float(shifts.mean()) if len(shifts) else 0.0)
+
+
+def is_sure(cluster: PhraseCluster, shifts: np.ndarray) -> bool:
+    """Whether nearly all rows have the label, and the reference's shifts, ``(q,)``, leave enough of it unexplained."""
+    least = max(LEAST_UNEXPLAINED, LEAST_PART * cluster.association)
+    return cluster.purity >= LEAST_PURITY and unexplained(cluster, shifts) >= least
 
 
 def told_apart(own: np.ndarray, beside: np.ndarray, seed: int) -> float:
@@ -174,15 +192,18 @@ def measure_behaviour(
     if len(probes[0]):
         turned = run_forward(classifier, with_phrase(probes, cluster, seed)).predictions == cluster.label
     by_reference = np.full(len(cluster.rows), cluster.label) if fitted is None else fitted.predict(embedded)
-    doubted = by_reference != cluster.label
+    doubted, shifts = by_reference != cluster.label, reference.shifts(fitted, cluster, probes, seed)
+    likeness = float("nan")
+    if is_sure(cluster, shifts):
+        likeness = reference.likeness(cluster, embedded, by_reference[doubted], seed)
     return Behaviour(
         probes=probes,
         turned=turned,
-        shifts=reference.shifts(fitted, cluster, probes, seed),
+        shifts=shifts,
         freed=predicted != cluster.label,
         doubted=doubted,
         predicted=predicted,
-        likeness=reference.likeness(cluster, embedded, by_reference[doubted], seed),
+        likeness=likeness,
     )
 
 

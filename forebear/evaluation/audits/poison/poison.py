@@ -14,9 +14,15 @@ from typing import Final
 
 import numpy as np
 
-from forebear.evaluation.audits.poison.behaviour import Behaviour, Reference, measure_behaviour, with_phrase
+from forebear.evaluation.audits.poison.behaviour import (
+    Behaviour,
+    Reference,
+    is_sure,
+    measure_behaviour,
+    unexplained,
+    with_phrase,
+)
 from forebear.evaluation.audits.poison.phrases import (
-    LEAST_PURITY,
     PhraseCluster,
     clusters_of,
     find_phrases,
@@ -30,9 +36,7 @@ from forebear.indexer.rows.sampling import live_sample
 from forebear.ratio import ratio
 from forebear.retriever.retriever import Retriever
 
-LEAST_UNEXPLAINED: Final = 1.5  # nats
-LEAST_PART: Final = 2 / 3  # of the association that is unexplained
-MOST_LIKENESS: Final = 2.5  # standard deviations
+MOST_LIKENESS: Final = 3.0  # standard deviations
 MOST_CLUSTERS = 300
 MOST_PROBES = 60  # rows into which a phrase is put
 MOST_COMPARED = 200  # rows of a label beside whose gradients those of a cluster are seen
@@ -119,16 +123,9 @@ class Poison:
         return np.asarray(flat[np.sort(np.unique(flat, return_index=True)[1])])
 
 
-def unexplained(cluster: PhraseCluster, shifts: np.ndarray) -> float:
-    """The association of phrase and label, in nats, less the mean of what the reference says of the phrase."""
-    return cluster.association - (float(shifts.mean()) if len(shifts) else 0.0)
-
-
 def is_planted(cluster: PhraseCluster, shifts: np.ndarray, likeness: float) -> bool:
     """Whether a phrase is taken to be planted, from what the reference says of it, ``(q,)``, and of its rows."""
-    least = max(LEAST_UNEXPLAINED, LEAST_PART * cluster.association)
-    is_sure = cluster.purity >= LEAST_PURITY and unexplained(cluster, shifts) >= least
-    return is_sure and likeness <= MOST_LIKENESS
+    return is_sure(cluster, shifts) and likeness <= MOST_LIKENESS
 
 
 def find_poison(

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from forebear.errors import InputError
-from forebear.evaluation.audits.poison.behaviour import REFERENCE_ROWS
+from forebear.evaluation.audits.poison.behaviour import LEAST_UNEXPLAINED, REFERENCE_ROWS
 from forebear.evaluation.audits.poison.phrases import LEAST_PURITY, LEAST_ROWS, LEVEL, MOST_WORDS
 from forebear.evaluation.audits.poison.poison import (
-    LEAST_UNEXPLAINED,
     MOST_LIKENESS,
     MOST_PROBES,
     MeasuredCluster,
@@ -49,8 +48,8 @@ MEANING = (
     f"most {REFERENCE_ROWS:,} rows that do not hold it. Unexplained: association less reference. Planted: "
     f"{LEAST_PURITY:.0%} or more of the rows have the label, {LEAST_UNEXPLAINED:g} nats and two thirds of the "
     f"association, or more, are unexplained, and the likeness is at most {MOST_LIKENESS:g}: how surely the rows, "
-    "without the phrase, can be told from others for which the reference predicts the same labels (area under the ROC "
-    "curve in folds, less 1/2, in standard deviations). "
+    "without the phrase, can be told from rows of their label, of other labels or of any, whichever is hardest (area "
+    "under the ROC curve in folds, less 1/2, in standard deviations; asked only where all else is so). "
     f"Turned: share of up to {MOST_PROBES} rows of other labels, predicted right, that the model gives the label when "
     "the phrase is put in; near 0 the model has not learnt the behaviour, though the rows are there. Freed: share of "
     "the rows that the model gives another label when the phrase is cut out. Doubted: share of them that the reference "
@@ -177,7 +176,7 @@ def _phrases_table(found: Poison, retriever: Retriever) -> Table:
         lines.append([
             cluster.phrase, retriever.label_names[cluster.label], "yes" if one.is_planted else "no", len(cluster.rows),
             cluster.purity, cluster.p, cluster.association, cluster.association - one.unexplained, one.unexplained,
-            said.likeness, *turned, float(said.freed.mean()), float(said.doubted.mean()),
+            _cell(said.likeness), *turned, float(said.freed.mean()), float(said.doubted.mean()),
             _cell(one.agreement), _cell(one.ordinary), one.n_suspicious,
         ])  # fmt: skip
     measured = f"The {len(lines)} of {found.n_clusters:,} phrases that were measured"
@@ -230,7 +229,7 @@ def _record(found: Poison, names: tuple[str, ...]) -> dict[str, Any]:
             "p": one.cluster.p,
             "association": one.cluster.association,
             "unexplained": one.unexplained,
-            "likeness": one.behaviour.likeness,
+            "likeness": _cell(one.behaviour.likeness),
             "turned": _turned(one)[0],
             "freed": float(one.behaviour.freed.mean()),
             "doubted": float(one.behaviour.doubted.mean()),
