@@ -31,7 +31,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
 
-from faults import Ended, Fault, ended, run, start, warm_up  # noqa: E402
+from faults import MODULES, Ended, Fault, ended, run, start, warm_up  # noqa: E402
 from tiny import WORDS, labels, make_tiny_model, sentences, write_jsonl  # noqa: E402
 
 N_ROWS, N_MORE = 26, 9
@@ -120,8 +120,10 @@ class World:
             [*change, "--rebuild-ann"],
             [*change, "--refit"],
         )
-        warm_up(*([self.build] if quick else [self.build, self.append, self.ask]), scratch=scratch)
+        warm_up(self.build, scratch=scratch, modules=("forebear.cli.main",) if quick else MODULES)
+        self._trials: dict[str, Trials] = {}
         self.built = self.undisturbed("built", None, self.build)
+        warm_up(self.ask, self.append, scratch=scratch, modules=())
         self.appended = self.undisturbed("appended", self.built, self.append)
 
     def run(self, what: str, work: Callable[[], object]) -> None:
@@ -148,6 +150,12 @@ class World:
 
     def answers(self) -> Ended:
         return run(self.ask, scratch=self.scratch)
+
+    def trials(self, case: Case) -> Trials:
+        """Trials of a case, which is run undisturbed but once."""
+        if case.name not in self._trials:
+            self._trials[case.name] = Trials(self, case)
+        return self._trials[case.name]
 
     def cases(self) -> Iterator[Case]:
         def changed(name: str, base: Path | None, command: Sequence[Any], *more: str) -> Case:
@@ -221,8 +229,8 @@ def is_one_line(found: Ended) -> bool:
 class Trials:
     """Trials of one case: what it does undisturbed is found first."""
 
-    def __init__(self, world: World, case: Case, part: Part) -> None:
-        self.world, self.case, self.part = world, case, part
+    def __init__(self, world: World, case: Case) -> None:
+        self.world, self.case = world, case
         world.reset(case.base)
         self.before = world.answers().out if case.index else ""
         started = time.perf_counter()
@@ -232,9 +240,9 @@ class Trials:
         self.wanted = digests(world.at)
         self.after = world.answers().out if case.index else ""
 
-    def go(self, faults: Sequence[Fault]) -> None:
+    def go(self, part: Part, faults: Sequence[Fault]) -> None:
         """One trial: the command with the first fault, its resumptions with the others, then to the end."""
-        world, case, part = self.world, self.case, self.part
+        world, case = self.world, self.case
         where = f"{case.name} ({self.n_operations} operations), " + " then ".join(
             f"{f.kind} at {f.at:g}" for f in faults
         )
@@ -252,7 +260,7 @@ class Trials:
             else:
                 part.check(found.code == -signal.SIGKILL, f"{where}: exit {found.code}: {found.err.strip()[-300:]}")
             if case.index is not None and i == 0:
-                self._answers(where)
+                self._answers(part, where)
         found = run(case.resume, scratch=world.scratch)
         part.check(found.code in case.is_done, f"{where}: resumed with exit {found.code}: {found.err.strip()[-300:]}")
         held = digests(world.at)
@@ -265,20 +273,20 @@ class Trials:
         ok = again.code in case.is_done and held == self.wanted
         part.check(ok, f"{where}: again: exit {again.code}, {differences(held, self.wanted)}: {again.err[-300:]}")
 
-    def _answers(self, where: str) -> None:
+    def _answers(self, part: Part, where: str) -> None:
         """The old index answers in between, or the new one; one that is replaced says so."""
         found = self.world.answers()
         if self.case.name == "build over an index" and found.code == 2:
-            self.part.check("unfinished build" in found.err, f"{where}: in between: {found.err.strip()[-300:]}")
+            part.check("unfinished build" in found.err, f"{where}: in between: {found.err.strip()[-300:]}")
             return
         ok = found.code == 0 and found.out in (self.before, self.after)
-        self.part.check(ok, f"{where}: in between exit {found.code}: {found.err.strip()[-300:]}")
+        part.check(ok, f"{where}: in between exit {found.code}: {found.err.strip()[-300:]}")
 
 
 def kills(world: World, part: Part, rng: np.random.Generator, size: int) -> None:
     """SIGKILL at the n-th operation on files, and after a random time; some of the resumptions are killed as well."""
     for case in world.cases():
-        trials = Trials(world, case, part)
+        trials = world.trials(case)
         part.notes[f"{case.name}: operations"] = trials.n_operations
         n = min(size, trials.n_operations)
         at = np.unique(np.linspace(1, trials.n_operations, n).round().astype(int))
@@ -287,18 +295,18 @@ def kills(world: World, part: Part, rng: np.random.Generator, size: int) -> None
             faults = [Fault("kill", int(number), world.at)]
             if i % 3 == 2:
                 faults.append(Fault("kill", int(rng.integers(1, trials.n_operations + 1)), world.at))
-            trials.go(faults)
+            trials.go(part, faults)
         for _ in range(size // 3):
-            trials.go([Fault("kill after", float(rng.uniform(0, trials.seconds)), world.at)])
+            trials.go(part, [Fault("kill after", float(rng.uniform(0, trials.seconds)), world.at)])
 
 
 def full(world: World, part: Part, rng: np.random.Generator, size: int) -> None:
     """A disk on which nothing more can be written from the n-th operation on; later there is space again."""
     for case in world.cases():
-        trials = Trials(world, case, part)
+        trials = world.trials(case)
         at = np.unique(rng.integers(1, trials.n_operations + 1, size))
         for number in at:
-            trials.go([Fault("full", int(number), world.at)])
+            trials.go(part, [Fault("full", int(number), world.at)])
 
 
 def questions(name: str) -> tuple[str, str]:
@@ -477,7 +485,7 @@ def clock(world: World, part: Part, rng: np.random.Generator, only: str | None =
     for case in world.cases():
         if only not in (None, case.name):
             continue
-        trials = Trials(world, case, part)
+        trials = world.trials(case)
         world.reset(case.base)
         future = time.time() + 10**8
         for path in world.at.rglob("*"):

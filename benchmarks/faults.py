@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import gc
 import io
 import os
 import signal
@@ -147,9 +148,9 @@ class _File:
         return getattr(self._handle, name)
 
 
-def warm_up(*commands: Sequence[Any], scratch: Path) -> None:
-    """Import what commands import, so that children have it."""
-    for name in MODULES:
+def warm_up(*commands: Sequence[Any], scratch: Path, modules: Sequence[str] = MODULES) -> None:
+    """Import these modules, and what commands import, so that children have it."""
+    for name in modules:
         import_module(name)
     listed = scratch / "modules.txt"
     for command in commands:
@@ -158,6 +159,8 @@ def warm_up(*commands: Sequence[Any], scratch: Path) -> None:
             if name not in sys.modules and not name.startswith("_"):
                 with suppress(Exception):
                     import_module(name)
+    gc.collect()
+    gc.freeze()  # no child looks for garbage among the libraries
 
 
 def start(

@@ -46,9 +46,9 @@ SEARCHED_MODULES = pytest.StashKey[int]()  # how many were imported when garbage
 # Files that take 50 s of processor time or more, the longest first: begun first, so that no worker is left with one at
 # the end.
 LONGEST = (
-    "test_demo.py", "test_tutorials.py", "test_processes.py", "test_flow.py", "test_ties.py", "test_recall.py",
-    "test_changes.py", "test_row_facts.py", "test_removal.py", "test_families.py", "test_index.py",
-    "test_gradients.py", "test_retraining.py", "test_spans.py", "test_planted_faults.py",
+    "test_demo.py", "test_tutorials.py", "test_families.py", "test_changes.py", "test_flow.py", "test_recall.py",
+    "test_processes.py", "test_ties.py", "test_row_facts.py", "test_removal.py", "test_index.py", "test_gradients.py",
+    "test_retraining.py", "test_spans.py", "test_planted_faults.py",
 )  # fmt: skip
 
 

@@ -150,8 +150,9 @@ def retrain(folder: Path, device: str) -> None:
     with trainer_on(device):
         for recipe in ("head", "top-1", "full"):
             command(
-                "evaluate", "removal", *common, "--method", "gd", "--remove", 2, "--queries", 1, "--retrain", recipe,
-                "--seeds", 1, "--cache", folder / device / f"cache-{recipe}", "--out", folder / device / recipe,
+                "evaluate", "removal", *common, "--method", "gd", "--remove", 2, "--sides", "top", "--queries", 1,
+                "--seeds", 1, "--retrain", recipe, "--cache", folder / device / f"cache-{recipe}",
+                "--out", folder / device / recipe,
             )  # fmt: skip
         command(
             "perturb", "attack", *common, "--wordnet", folder / "wordnet", "--queries", 2, "--rows", 1, "--seeds", 1,

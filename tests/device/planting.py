@@ -6,6 +6,7 @@ one, which has imported the libraries but nothing of the package.
 
 from __future__ import annotations
 
+import gc
 import importlib.abc
 import importlib.machinery
 import json
@@ -109,6 +110,8 @@ def main() -> None:
     import transformers.models.bert.modeling_bert  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # no fork looks for garbage among the libraries
     # The first fork compiles the modules of the package, the others read them; the changed one is compiled by each.
     sys.dont_write_bytecode, sys.pycache_prefix = False, tempfile.mkdtemp()
     symptoms = []

@@ -28,12 +28,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_map
 
 import forebear
 
@@ -230,6 +230,26 @@ def _count(func: Any, args: Any, kwargs: dict[str, Any], plain: list[torch.Tenso
         LEDGER.sent[_asked_by()] += sent
 
 
+def _numbers_of(value: Any) -> Any:
+    """The same with the numbers of pretended tensors in their place, in lists and tuples, too."""
+    if isinstance(value, Pretended):
+        return value.numbers
+    return type(value)(map(_numbers_of, value)) if type(value) in (tuple, list) else value
+
+
+def _pretended(value: Any) -> Any:
+    """The same with pretended tensors in the place of plain ones, in lists and tuples, too."""
+    if type(value) is torch.Tensor:
+        return Pretended(value)
+    return type(value)(map(_pretended, value)) if type(value) in (tuple, list) else value
+
+
+@cache
+def _writes(func: Any) -> bool:
+    """Whether an operation writes into one of its arguments."""
+    return any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     target = kwargs.get("device")
     tensors = list(_tensors((*args, *kwargs.values())))
@@ -243,15 +263,15 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         stays = isinstance(args[0], Pretended)
     else:
         stays = bool(n_mine) if target is None else _is_here(target)
-    real_args, real = tree_map(lambda x: x.numbers if isinstance(x, Pretended) else x, (args, kwargs))
+    real_args, real = _numbers_of(args), {name: _numbers_of(value) for name, value in kwargs.items()}
     if _is_here(real.get("device")):
         real["device"] = torch.device("cpu")
     real.pop("pin_memory", None)
     out = func(*real_args, **real)
     if not stays or func.overloadpacket.__name__ == "_local_scalar_dense":
         return out
-    wrapped = tree_map(lambda x: Pretended(x) if type(x) is torch.Tensor else x, out)
-    if any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments):
+    wrapped = _pretended(out)
+    if _writes(func):
         return return_and_correct_aliasing(func, args, kwargs, wrapped)
     return wrapped
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from places import ROOT
+from warm import start_program
 
 # What went wrong: module, its source, what is put in its place, where it must show, and what must be said of it.
 FAULTS = {
@@ -83,10 +81,12 @@ def symptoms() -> dict[str, str]:
     faults = [dict(zip(keys, fault, strict=False)) for fault in FAULTS.values()]
     folders = ("device", "support", ".", "retriever/head", "indexer/sketches")
     paths = [str(ROOT), *(str(ROOT / "tests" / folder) for folder in folders)]
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("planting.py")), json.dumps(faults)],
-        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-    )  # fmt: skip
+    code = (
+        f"import runpy, sys; sys.path[:0] = {paths!r}\n"
+        "for name in [name for name in sys.modules if name.partition('.')[0] == 'forebear']: del sys.modules[name]\n"
+        f"runpy.run_path({str(Path(__file__).with_name('planting.py'))!r}, run_name='__main__')"
+    )
+    done = start_program(code, [json.dumps(faults)]).wait()
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(zip(FAULTS, json.loads(done.stdout.splitlines()[-1]), strict=True))
 

@@ -135,7 +135,10 @@ def make_family_adapter(folder: Path, kind: str) -> Path:
 
 def autograd(classifier: Classifier, names: list[str], texts=TEXTS, classes=LABELS) -> list[torch.Tensor]:
     """Gradients of parameters, one row at a time, no padding: ``(n, ...)`` each."""
-    parameters = [classifier.model.get_parameter(name).requires_grad_(True) for name in names]
+    parameters = [classifier.model.get_parameter(name) for name in names]
+    were = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
     rows = []
     for text, label in zip(texts, classes, strict=True):
         encoded = classifier.tokenizer(text, return_tensors="pt")
@@ -143,6 +146,8 @@ def autograd(classifier: Classifier, names: list[str], texts=TEXTS, classes=LABE
         loss = torch.nn.functional.cross_entropy(classifier.model(**row).logits, torch.tensor([int(label)]))
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)])
+    for parameter, was in zip(parameters, were, strict=True):
+        parameter.requires_grad_(was)
     return [torch.stack(gradients) for gradients in zip(*rows, strict=True)]
 
 

@@ -173,7 +173,9 @@ def test_a_resumed_build_finds_equal_rows_of_the_shards_that_were_written(tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard_rows", [7, 4096])
+@pytest.mark.parametrize(
+    ("kernel", "shard_rows"), [("eager", 7), ("math", 7), ("flash", 7), ("flash", 4096)], indirect=["kernel"]
+)
 def test_equal_word_pieces_have_equal_features_also_under_other_labels(kernel, shard_rows, tmp_path):
     texts, gold = corpus(SHORT)
     gold[11] = 2

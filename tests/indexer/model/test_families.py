@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -67,10 +68,16 @@ def family(tmp_path_factory: pytest.TempPathFactory):
     return make
 
 
+@pytest.fixture(scope="module")
+def loaded(family):
+    """A family's model, loaded once: what tests do to it must leave it as it was."""
+    return cache(lambda kind: load_classifier(family(kind)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_family_agrees_with_autograd_at_the_head(kind, family):
-    classifier = load_classifier(family(kind))
+def test_a_family_agrees_with_autograd_at_the_head(kind, loaded):
+    classifier = loaded(kind)
     forward = run_forward(classifier, [TEXTS])
     residual, _ = forward.residuals_and_losses(LABELS)
     found = np.einsum("nc,nh->nch", residual, forward.features)
@@ -82,9 +89,9 @@ def test_a_family_agrees_with_autograd_at_the_head(kind, family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_family_beyond_the_head_agrees_with_autograd_or_is_refused_by_name(kind, family):
+def test_a_family_beyond_the_head_agrees_with_autograd_or_is_refused_by_name(kind, loaded):
     """Never a layer that is left out: all parameters of the scope, in models that mix rows or positions too."""
-    classifier = load_classifier(family(kind))
+    classifier = loaded(kind)
     for scope in ("top-1", "all"):
         if FAMILIES[kind] != RIGHT and (kind, scope) not in (("albert", "all"), ("canine", "top-1")):
             with pytest.raises(ModelError, match=FAMILIES[kind]):
@@ -183,9 +190,9 @@ def test_rows_of_a_layer_that_mixes_them_run_alone_also_with_other_versions(fami
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in NO_WORDS])
-def test_word_gradients_of_a_family_agree_with_autograd(kind, family):
+def test_word_gradients_of_a_family_agree_with_autograd(kind, loaded):
     """Of embeddings used once or twice (an encoder and a decoder), scaled, or changed in place."""
-    classifier = load_classifier(family(kind))
+    classifier = loaded(kind)
     found = word_gradients(classifier, [TEXTS], LABELS, [0], batch_tokens=100)[0][0]
     block = embedding_block(classifier.model, kind)
     (truth,) = autograd(classifier, [f"{block.name}.weight"])
@@ -373,9 +380,9 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_stored_fingerprint_is_that_of_the_loaded_model_or_is_none(kind, family):
+def test_a_stored_fingerprint_is_that_of_the_loaded_model_or_is_none(kind, family, loaded):
     """A build trusts it: whatever loading does to a family's tensors or configuration, no other digest may come out."""
-    classifier = load_classifier(family(kind))
+    classifier = loaded(kind)
     found = stored_fingerprint(family(kind), classifier)
     assert found is None or found == Fingerprint(
         classifier.feature_dim, classifier.label_names, classifier.sha256, classifier.tokenizer_sha256
@@ -399,12 +406,12 @@ def test_the_page_of_models_lists_every_family():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_the_page_of_models_says_of_a_family_what_is_so(kind, family):
+def test_the_page_of_models_says_of_a_family_what_is_so(kind, loaded):
     """All but the errors' digits, which depend on the machine: the tests above bound them."""
 
     def without_errors(line: str) -> str:
         return re.sub(r"\(\de-\d+\)", "", line)
 
     cell = adapter_cell(kind, lambda: 1e-7)
-    line = table_line(kind, load_classifier(family(kind)), lambda _classifier, _scope: 1e-7, cell)
+    line = table_line(kind, loaded(kind), lambda _classifier, _scope: 1e-7, cell)
     assert without_errors(line) == without_errors(LINES[kind])
