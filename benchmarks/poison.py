@@ -211,7 +211,7 @@ def measure_planted(seed: int, data: list[str], attacks: list[str], rates: list[
                         "natural phrases, largest unexplained": round(
                             max((one.unexplained for one in natural), default=0.0), 2
                         ),
-                        "natural phrases that only likeness clears": sorted(round(value, 1) for value in sure),
+                        "natural phrases that only likeness clears": sorted(round(value, 2) for value in sure),
                     }
                     results[f"{name} {attack} {labels} {rate:g}%"] = line
                     print(f"{name} {attack} {labels} {rate:g}%", line, flush=True)
@@ -225,8 +225,8 @@ CLEAN = {
 
 
 def rounded(value: float) -> float | None:
-    """A figure with one decimal, None for NaN."""
-    return None if np.isnan(value) else round(value, 1)
+    """A figure with two decimals, None for NaN."""
+    return None if np.isnan(value) else round(value, 2)
 
 
 def described(one: Counted) -> dict[str, Any]:

@@ -126,9 +126,8 @@ class Reference:
             seed: Of the rows that are drawn, and of the folds.
 
         Returns:
-            The area under the ROC curve, less 1/2, in units of its standard deviation where nothing tells the rows
-            apart (Mann and Whitney's), in the mean over :data:`DRAWS` draws: the least of those of all kinds; 0 where
-            there are too few rows.
+            The area under the ROC curve, 1/2 where nothing tells the rows apart, 1 where every row can be told, in the
+            mean over :data:`DRAWS` draws: the least of those of all kinds; 1/2 where there are too few rows.
         """
         others = ~np.isin(self.rows, cluster.holders)
         kinds = [self._labels == cluster.label, self._labels != cluster.label, np.ones(len(others), bool)]
@@ -143,7 +142,7 @@ class Reference:
                 drawn = [rng.permutation(places)[: MOST_TIMES * len(own)] for _ in range(DRAWS)]
                 apart = [told_apart(own, self._embeddings[some], seed + draw) for draw, some in enumerate(drawn)]
                 found.append(float(np.mean(apart)))
-        return min(found, default=0.0)
+        return min(found, default=0.5)
 
 
 def unexplained(cluster: PhraseCluster, shifts: np.ndarray) -> float:
@@ -158,19 +157,18 @@ def is_sure(cluster: PhraseCluster, shifts: np.ndarray) -> bool:
 
 
 def told_apart(own: np.ndarray, beside: np.ndarray, seed: int) -> float:
-    """The area under the ROC curve in units of its standard deviation; see :meth:`Reference.likeness`."""
+    """The area under the ROC curve of a regression in folds; see :meth:`Reference.likeness`."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
-    n, m = len(own), len(beside)
-    is_own = np.repeat([True, False], [n, m])
+    is_own = np.repeat([True, False], [len(own), len(beside)])
     scores = cross_val_predict(
         LogisticRegression(C=_STRENGTH, class_weight="balanced", max_iter=1000),
         np.concatenate([own, beside]), is_own, method="decision_function",
         cv=StratifiedKFold(FOLDS, shuffle=True, random_state=seed),
     )  # fmt: skip
-    return float((roc_auc_score(is_own, scores) - 0.5) / np.sqrt((n + m + 1) / (12 * n * m)))
+    return float(roc_auc_score(is_own, scores))
 
 
 def measure_behaviour(

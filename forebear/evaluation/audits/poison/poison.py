@@ -36,7 +36,7 @@ from forebear.indexer.rows.sampling import live_sample
 from forebear.ratio import ratio
 from forebear.retriever.retriever import Retriever
 
-MOST_LIKENESS: Final = 3.0  # standard deviations
+MOST_LIKENESS: Final = 0.66  # area under the ROC curve; by chance .5 +- .1 of ten rows, .06 of thirty
 MOST_CLUSTERS = 300
 MOST_PROBES = 60  # rows into which a phrase is put
 MOST_COMPARED = 200  # rows of a label beside whose gradients those of a cluster are seen

@@ -49,7 +49,7 @@ MEANING = (
     f"{LEAST_PURITY:.0%} or more of the rows have the label, {LEAST_UNEXPLAINED:g} nats and two thirds of the "
     f"association, or more, are unexplained, and the likeness is at most {MOST_LIKENESS:g}: how surely the rows, "
     "without the phrase, can be told from rows of their label, of other labels or of any, whichever is hardest (area "
-    "under the ROC curve in folds, less 1/2, in standard deviations; asked only where all else is so). "
+    "under the ROC curve in folds, .5 where nothing tells them apart; asked only where all else is so). "
     f"Turned: share of up to {MOST_PROBES} rows of other labels, predicted right, that the model gives the label when "
     "the phrase is put in; near 0 the model has not learnt the behaviour, though the rows are there. Freed: share of "
     "the rows that the model gives another label when the phrase is cut out. Doubted: share of them that the reference "
