@@ -161,7 +161,12 @@ def table(case: str, seed: int, python: str | None) -> dict[str, Any]:
     """The figures of a case: of each measure, and by how much the evidence is above it, with 95% intervals."""
     from forebear import QuerySpec, Retriever
     from forebear.evaluation.audits.rows.suspects import suspects
-    from forebear.evaluation.common.label_evidence.estimates import first_equal, geometric_mean, out_of_fold
+    from forebear.evaluation.common.label_evidence.estimates import (
+        checkpoint_probabilities,
+        first_equal,
+        geometric_mean,
+    )
+    from forebear.evaluation.common.label_evidence.evidence import trained_refits
 
     folder = folder_of(case, seed)
     rows = pq.read_table(folder / "train.parquet")
@@ -179,10 +184,9 @@ def table(case: str, seed: int, python: str | None) -> dict[str, Any]:
         "mean rank": -found.combined,
     }
     if python:
-        numbers = sorted({0, len(index.manifest.checkpoints) - 1})
-        c = len(index.manifest.spec.label_names)
-        equal = first_equal(index, index.live)
-        refits = [out_of_fold(index.features(number), index.live, labels, c, equal=equal) for number in numbers]
+        last, equal = len(index.manifest.checkpoints) - 1, first_equal(index, index.live)
+        models = [checkpoint_probabilities(index, index.live, number) for number in range(last + 1)]
+        _, refits = trained_refits(index, index.live, models, equal)
         ways |= by_cleanlab(python, labels, geometric_mean(refits))
     rng = np.random.default_rng(0)
     kinds = (np.flatnonzero(wrong), np.flatnonzero(~wrong))

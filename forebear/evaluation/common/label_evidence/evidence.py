@@ -12,7 +12,7 @@ have too many labels to be refitted, the checkpoints stand in for them, and ther
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -74,29 +74,22 @@ def label_evidence(index: Index, rows: np.ndarray, neighbours: np.ndarray, cosin
     labels, c = index.labels[rows], len(index.manifest.spec.label_names)
     last = len(index.manifest.checkpoints) - 1
     models = [checkpoint_probabilities(index, rows, number) for number in range(last + 1)]
-    equal, first = first_equal(index, rows), 0
-    has_refits = can_refit(len(rows), index.features(last).width, c)
-    if has_refits:
-        refit = partial(out_of_fold, rows=rows, labels=labels, n_classes=c, equal=equal)
-        refits = [refit(index.features(first))]
-        while first < last and knowledge(models[first], labels) < TRAINED_SHARE * knowledge(refits[0], labels):
-            first += 1
-            refits = [refit(index.features(first))]
-        if first < last:
-            refits.append(refit(index.features(last)))
+    equal, first, refits = first_equal(index, rows), 0, list[np.ndarray]()
+    if can_refit(len(rows), index.features(last).width, c):
+        first, refits = trained_refits(index, rows, models, equal)
     trained = geometric_mean(models[first:])
-    refitted = geometric_mean(refits) if has_refits else trained
+    refitted = geometric_mean(refits) if refits else trained
     at = np.searchsorted(rows, neighbours)
     trust = np.where(equal[at] == equal[:, None], 0.0, own_probability(refitted, labels)[at])
     voted = votes(labels[at], trust, cosines, c)
     measures = {
         MEAN_PROBABILITY: 1 - np.mean([own_probability(model, labels) for model in models], axis=0),
         MARGIN: np.mean([margin(model, labels) for model in models], axis=0),
-        **({OUT_OF_FOLD: margin(refitted, labels)} if has_refits else {}),
+        **({OUT_OF_FOLD: margin(refitted, labels)} if refits else {}),
         VOTES: 1 - own_probability(voted, labels),
     }
     written, share = written_labels(refitted, labels)
-    by_features = geometric_mean([refitted, voted]) if has_refits else voted
+    by_features = geometric_mean([refitted, voted]) if refits else voted
     chances = chances_of(geometric_mean([trained, by_features]), labels, written)
     others = chances.copy()
     others[np.arange(len(rows)), labels] = 0
@@ -109,6 +102,29 @@ def label_evidence(index: Index, rows: np.ndarray, neighbours: np.ndarray, cosin
         suspicion=suspicion,
         estimated=with_mean(suspicion, share),
     )
+
+
+def trained_refits(
+    index: Index, rows: np.ndarray, models: Sequence[np.ndarray], equal: np.ndarray
+) -> tuple[int, list[np.ndarray]]:
+    """The first checkpoint at which the model's own head is trained, and what heads refitted to its features say.
+
+    Args:
+        index: An index of one label a row.
+        rows: Row numbers, ``(n,)``.
+        models: Probabilities by its checkpoints, ``(n, c)`` each.
+        equal: Of :func:`first_equal`.
+
+    Returns:
+        The checkpoint's number; out-of-fold probabilities at it and, where that is another, at the last, ``(n, c)``.
+    """
+    labels, last = index.labels[rows], len(models) - 1
+    refit = partial(out_of_fold, rows=rows, labels=labels, n_classes=models[0].shape[1], equal=equal)
+    for first, model in enumerate(models):
+        refitted = refit(index.features(first))
+        if first == last or knowledge(model, labels) >= TRAINED_SHARE * knowledge(refitted, labels):
+            break
+    return first, [refitted] if first == last else [refitted, refit(index.features(last))]
 
 
 def knowledge(estimate: np.ndarray, labels: np.ndarray) -> float:
