@@ -343,7 +343,7 @@ if __name__ == "__main__":
         write_result(f"poison_planted_{given.data}_{given.seed}".replace(",", "_"), **found)
     elif given.what == "clean":
         names = list(CLEAN) if given.data == "sst2,agnews" else given.data.split(",")
-        write_result("poison_clean", **measure_clean(names))
+        write_result("_".join(["poison_clean", *(() if names == list(CLEAN) else names)]), **measure_clean(names))
     else:
         one = measure_behaviour(given.work, given.data, given.attack, given.labels, given.rate, given.model)
         write_result(f"poison_{given.data}_{given.attack}_{given.labels}_{given.rate:g}", **one)
