@@ -8,8 +8,8 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from contextvars import Context
 from pathlib import Path
 from typing import Any
@@ -232,8 +232,8 @@ def serve(
     names = list(names_of(given))
     if listing is not None:
         listing.place(names)
-    _log_to_stderr(logging.INFO if log_requests else logging.WARNING)
-    with bound_socket(host, port) as bound:
+    level = logging.INFO if log_requests else logging.WARNING
+    with _logged_to_stderr(level), bound_socket(host, port) as bound:
         indexes, measures = open_indexes(given, model=model, device=device), Measures()
         explored = explored_of(indexes, limits, site=site, listing=listing, worklists=worklists)
         worker = Worker(indexes, limits, measures, explored.go_on)
@@ -289,11 +289,20 @@ def _serve_at(bound: socket.socket, host: str, service: Service, token: str | No
         os._exit(0)  # a batch that nobody waits for any more: torch cannot be interrupted, and must not hold the end
 
 
-def _log_to_stderr(level: int) -> None:
-    """Write the log to stderr."""
+@contextmanager
+def _logged_to_stderr(level: int) -> Iterator[None]:
+    """Write the log to stderr as long as the server runs, unless the caller has it written elsewhere."""
+    before = LOG.level, LOG.propagate
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    is_ours = not LOG.handlers
     LOG.setLevel(level)
-    if not LOG.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    if is_ours:
         LOG.addHandler(handler)
         LOG.propagate = False
+    try:
+        yield
+    finally:
+        LOG.removeHandler(handler)
+        LOG.setLevel(before[0])
+        LOG.propagate = before[1]

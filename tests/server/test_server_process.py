@@ -19,6 +19,7 @@ from warm import Started, run_command, start_command
 from forebear.cli.main import run
 from forebear.indexer.index import Index
 from forebear.indexer.storage.layout import JOURNAL_NAME
+from forebear.server.http.protection import LOG
 
 QUESTION = {"texts": ["a good film"], "methods": ["gc", "tracin-we"], "top": 500}
 
@@ -156,3 +157,4 @@ def test_what_cannot_be_served_is_one_line_before_the_work(
         given = [argument.format(index=index_folder, port=port) for argument in arguments]
         assert run(["serve", *given]) == 2
     assert said in capsys.readouterr().err
+    assert not LOG.handlers  # none is left that writes to this test's stderr
