@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from common import DATA, run, write_result
 
 from forebear import Retriever, audits
-from forebear.evaluation.audits.poison.behaviour import Reference, Texts, erase, is_sure, unexplained
+from forebear.evaluation.audits.poison.behaviour import Reference, Texts, erase, unexplained
 from forebear.evaluation.audits.poison.phrases import PhraseCluster, clusters_of, find_phrases, with_context
 from forebear.evaluation.audits.poison.poison import (
     MOST_CLUSTERS,
@@ -172,15 +172,10 @@ def counted(texts: Texts, names: list[str], encoder: Any, seed: int) -> list[Cou
     for cluster in (with_context(one, texts) for one in clusters[:MEASURED]):
         others = np.setdiff1d(np.flatnonzero(labels != cluster.label), cluster.holders)
         some = live_sample(others, MOST_PROBES, seed)
-        fitted = reference.without(cluster.holders)
-        shifts = reference.shifts(fitted, cluster, [[column[i] for i in some] for column in texts], seed)
-        likeness = float("nan")
-        if fitted is not None and is_sure(cluster, shifts):
-            embedded = reference.embed(erase(texts, cluster))
-            by_reference = fitted.predict(embedded)
-            likeness = reference.likeness(cluster, embedded, by_reference[by_reference != cluster.label], seed)
-        value = unexplained(cluster, shifts)
-        found.append(Counted(cluster, value, likeness, is_planted(cluster, shifts, likeness)))
+        probes = [[column[i] for i in some] for column in texts]
+        shifts, _, likeness = reference.meaning(cluster, erase(texts, cluster), probes, seed)
+        taken = is_planted(cluster, shifts, likeness)
+        found.append(Counted(cluster, unexplained(cluster, shifts), likeness, taken))
     return sorted(found, key=lambda one: -one.unexplained)
 
 

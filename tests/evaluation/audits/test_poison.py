@@ -199,7 +199,8 @@ def test_the_reference_is_a_regression_without_the_rows_of_the_phrase():
         (0.94, 3.0, 0.2, 0.5, False),  # other labels have the phrase, too
         (1.0, 3.0, 1.1, 0.5, False),  # its meaning explains more than a third
         (1.0, 1.4, 0.0, 0.5, False),  # too few rows to tell
-        (1.0, 3.0, 0.2, 0.67, False), (1.0, 1.4, 0.0, np.nan, False),  # its rows have a subject in common
+        (1.0, 3.0, 0.2, 0.67, False),  # its rows have a subject in common
+        (1.0, 1.4, 0.0, np.nan, False),  # too few rows: their likeness was not asked
     ],
 )  # fmt: skip
 def test_a_phrase_is_planted_where_its_label_is_sure_and_not_explained(purity, association, shift, likeness, planted):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 from scipy.special import logit
@@ -64,6 +64,14 @@ class Behaviour:
     likeness: float
 
 
+class Meaning(NamedTuple):
+    """What the reference says of a phrase and its rows; as of :class:`Behaviour`."""
+
+    shifts: np.ndarray
+    doubted: np.ndarray
+    likeness: float
+
+
 class Reference:
     """Logistic regressions on embeddings of an encoder that was not fine-tuned."""
 
@@ -87,6 +95,22 @@ class Reference:
     def embed(self, texts: Texts) -> np.ndarray:
         """Standardised embeddings."""
         return np.asarray(self._scaler.transform(self._encoder.embed(texts)))
+
+    def meaning(self, cluster: PhraseCluster, erased: Texts, probes: Texts, seed: int) -> Meaning:
+        """What it says of a phrase.
+
+        Args:
+            cluster: The phrase and its rows.
+            erased: Its rows without the phrase, of :func:`erase`.
+            probes: Texts into which the phrase is put, one list a text column.
+            seed: Of places and draws.
+        """
+        fitted, embedded = self.without(cluster.holders), self.embed(erased)
+        predicted = np.full(len(cluster.rows), cluster.label) if fitted is None else fitted.predict(embedded)
+        doubted, shifts = predicted != cluster.label, self.shifts(fitted, cluster, probes, seed)
+        is_asked = is_sure(cluster, shifts)
+        likeness = self.likeness(cluster, embedded, predicted[doubted], seed) if is_asked else float("nan")
+        return Meaning(shifts, doubted, likeness)
 
     def without(self, rows: np.ndarray) -> LogisticRegression | None:
         """A regression without some rows; None where the others have a single label."""
@@ -186,22 +210,17 @@ def measure_behaviour(
     """
     erased = erase(texts, cluster)
     predicted = run_forward(classifier, erased).predictions
-    turned, fitted, embedded = np.empty(0, bool), reference.without(cluster.holders), reference.embed(erased)
+    turned, meaning = np.empty(0, bool), reference.meaning(cluster, erased, probes, seed)
     if len(probes[0]):
         turned = run_forward(classifier, with_phrase(probes, cluster, seed)).predictions == cluster.label
-    by_reference = np.full(len(cluster.rows), cluster.label) if fitted is None else fitted.predict(embedded)
-    doubted, shifts = by_reference != cluster.label, reference.shifts(fitted, cluster, probes, seed)
-    likeness = float("nan")
-    if is_sure(cluster, shifts):
-        likeness = reference.likeness(cluster, embedded, by_reference[doubted], seed)
     return Behaviour(
         probes=probes,
         turned=turned,
-        shifts=shifts,
+        shifts=meaning.shifts,
         freed=predicted != cluster.label,
-        doubted=doubted,
+        doubted=meaning.doubted,
         predicted=predicted,
-        likeness=likeness,
+        likeness=meaning.likeness,
     )
 
 
